@@ -1,0 +1,117 @@
+"""Fixtures of all tests: a clean environment, a server, the template run on it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from server import Server
+
+import async_template
+
+ROOT = Path(__file__).parent.parent
+KEY = "sk-test-0123456789"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors, unclosed sockets and files included; no test may hang."""
+    config.addinivalue_line("filterwarnings", "error")
+    # Files alone have a test of their own, test_calls.py's test_files_are_closed: with
+    # the line below a file left open fails that one, and not any that happens to run.
+    ignore = "ignore:unclosed file:ResourceWarning"
+    config.addinivalue_line("filterwarnings", ignore)
+    if config.getoption("timeout", None) is None:
+        config.option.timeout = 60
+
+
+@pytest.fixture(autouse=True)
+def calm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No settings from outside, short waits, and nothing left behind by `main`."""
+    for name in list(os.environ):
+        if name.startswith("OPENAI_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(async_template, "BACKOFF", 0.01)
+    before = {number: signal.getsignal(number) for number in (2, 15)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    gc.unfreeze()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A started server that the environment points to."""
+    with Server() as started:
+        monkeypatch.setenv("OPENAI_BASE_URL", started.url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        yield started
+
+
+@dataclass
+class Run:
+    """What a run came to."""
+
+    code: int
+    rows: list[dict[str, Any]]
+    err: str
+    out_path: Path
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    """Runs the template on messages, or on a file, into out.jsonl of `tmp_path`."""
+
+    def run(messages: Sequence[str] | Path, *options: str) -> Run:
+        source, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
+        if isinstance(messages, Path):
+            source = messages
+        else:
+            source.write_text("\n".join(messages), encoding="utf-8", newline="\n")
+        capsys.readouterr()
+        try:
+            code = async_template.main([str(source), str(out), *options])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        text = out.read_text(encoding="utf-8") if out.is_file() else ""
+        rows = [json.loads(line) for line in text.split("\n") if line]
+        return Run(code, rows, capsys.readouterr().err, out)
+
+    return run
+
+
+@pytest.fixture
+def spawn(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts the real script in `tmp_path`; killed at the end if still alive."""
+    with contextlib.ExitStack() as stack:
+
+        def spawn(*args: object, **env: str) -> subprocess.Popen[str]:
+            command = [sys.executable, str(ROOT / "async_template.py"), *map(str, args)]
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(
+                command,
+                cwd=tmp_path,
+                env=os.environ | env,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=pipe,
+                encoding="utf-8",
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield spawn
