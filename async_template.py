@@ -29,6 +29,7 @@ import asyncio
 import contextlib
 import csv
 import errno
+import filecmp
 import gc
 import hashlib
 import itertools
@@ -515,31 +516,50 @@ def read_messages(path: Path, name: str, shard: tuple[int, int]) -> Iterator[Row
     """The messages of INPUT one by one; for the shard (k, n) every n-th from the k-th.
 
     Blank ones are left out. Raises StopRun at the first record that is no message."""
-    kind, line, count = path.suffix.lower(), 0, 0
+    count = 0
+    for line, record in read_records(path):
+        try:
+            if isinstance(record, str) and path.suffix.lower() == ".jsonl":
+                record = json.loads(record)
+            fields = record if isinstance(record, dict) else {name: record}
+            if name not in fields:
+                raise ValueError(
+                    f"no {name!r} among {[*fields]}: choose one by --field"
+                )
+            if not isinstance(text := fields.pop(name), str):
+                raise ValueError(f"the message is no text, but {text!r:.50}")
+            message = {"line": line, "text_message": text.rstrip("\r\n")}
+            message |= {"fields": fields} if fields is record else {}
+            to_json(message)
+        except UnicodeEncodeError:
+            raise StopRun(f"{path}, line {line}: not UTF-8, save it as UTF-8") from None
+        except (ValueError, RecursionError) as error:
+            raise StopRun(f"{path}, line {line}: {error}") from None
+        count += bool(text.strip())
+        if text.strip() and count % shard[1] == shard[0] % shard[1]:
+            yield message
+
+
+def read_records(path: Path) -> Iterator[tuple[int, str | dict[str, str]]]:
+    """The records of INPUT that are not blank, and the line where each begins."""
+    table = path.suffix.lower() == ".csv"
     # A wrong byte becomes a surrogate: to_json then fails in the line it is in.
-    wrong, end = "surrogateescape", "" if kind == ".csv" else "\n"
-    try:
-        with open(path, encoding="utf-8-sig", errors=wrong, newline=end) as file:
-            table = csv.DictReader(file, strict=True)
-            for record in table if kind == ".csv" else file:
-                line = table.line_num if kind == ".csv" else line + 1
-                if kind == ".jsonl" and str(record).strip():
-                    record = json.loads(str(record))
-                fields = record if isinstance(record, dict) else {name: record}
-                if name not in fields or None in fields:
-                    raise ValueError(f"no {name!r} among {[*fields]}: see --field")
-                if not isinstance(text := fields.pop(name), str):
-                    raise ValueError(f"the message is no text, but {text!r:.50}")
-                message = {"line": line, "text_message": text.rstrip("\r\n")}
-                message |= {"fields": fields} if fields is record else {}
-                to_json(message)
-                count += bool(text.strip())
-                if text.strip() and count % shard[1] == shard[0] % shard[1]:
-                    yield message
-    except UnicodeEncodeError:
-        raise StopRun(f"{path}, line {line}: not UTF-8, save it as UTF-8") from None
-    except (ValueError, csv.Error) as error:
-        raise StopRun(f"{path}, line {line}: {getattr(error, 'msg', error)}") from None
+    wrong, end = "surrogateescape", "" if table else "\n"
+    with open(path, encoding="utf-8-sig", errors=wrong, newline=end) as file:
+        if not table:
+            yield from ((n, line) for n, line in enumerate(file, 1) if line.strip())
+            return
+        csv.field_size_limit(2**31 - 1)
+        rows = csv.reader(file, strict=True)
+        try:
+            header, line = next(rows, []), rows.line_num + 1
+            for cells in rows:
+                if cells:
+                    yield line, dict(zip(header, cells, strict=True))
+                line = rows.line_num + 1
+        except (csv.Error, ValueError) as error:
+            why = str(error).replace("zip() argument 2", "the record")
+            raise StopRun(f"{path}, line {line}: {why}") from None
 
 
 def lock(file: IO[bytes]) -> None:
@@ -584,11 +604,11 @@ class Results:
         """Offset and content of each row; a torn last one is cut off.
 
         Raises StopRun at a line that is no row, or was made with other settings."""
-        offset = 0
+        offset, start = 0, b'{"line": '
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 where = f"{self.path}, line {number}"
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") and start.startswith(line[: len(start)]):
                     self.file.truncate(offset)
                     return say(f"{where}: torn by a crash; dropped, and asked again")
                 try:
@@ -636,33 +656,27 @@ class Results:
             say(f"line {row['line']}: {kind}, {row['error']['message']}")
         self.bar.update()
 
-    def order(self, lines: array[int], keys: array[int]) -> None:
+    def order(self, messages: Iterable[Row], keys: array[int]) -> None:
         """Puts OUTPUT in INPUT's order, rows of no message last, in one atomic step."""
         where, errors, gone = self.match(keys)
         self.counts["gone"] = len(gone)
-
-        def rows() -> Iterator[bytes]:
-            with open(self.path, "rb") as file:
-                for line, key, offset in zip(lines, keys, where):
-                    if (place := errors.get(key, -1) if offset < 0 else offset) >= 0:
-                        file.seek(place)
-                        label = b'"line": %d' % line
-                        yield re.sub(rb'"line": ?\d+', label, file.readline(), count=1)
-                yield from (file.readline() for at in gone if file.seek(at) >= 0)
-
-        with open(self.path, "rb") as old:
-            if all(a == b for a, b in itertools.zip_longest(old, rows())):
-                return
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
-            with open(temporary, "wb") as file:
-                file.writelines(rows())
-                file.flush()
-                os.fsync(file.fileno())
-            shutil.copymode(self.path, temporary)
-            if sys.platform == "win32":
-                self.file.close()  # Windows replaces no open file
-            temporary.replace(self.path)
+            with open(self.path, "rb") as old, open(temporary, "wb") as new:
+                for message, key, offset in zip(messages, keys, where):
+                    if hash(message["text_message"]) != key:
+                        raise StopRun("INPUT was changed during the run: run it again")
+                    if (place := errors.get(key, -1) if offset < 0 else offset) >= 0:
+                        old.seek(place)
+                        new.write(to_json(json.loads(old.readline()) | message) + b"\n")
+                new.writelines(old.readline() for at in gone if old.seek(at) >= 0)
+                new.flush()
+                os.fsync(new.fileno())
+            if not filecmp.cmp(self.path, temporary, shallow=False):
+                shutil.copymode(self.path, temporary)
+                if sys.platform == "win32":
+                    self.file.close()  # Windows replaces no open file
+                temporary.replace(self.path)
         finally:
             temporary.unlink(missing_ok=True)
         if sys.platform != "win32":  # the new name, too, has to survive a power failure
@@ -672,29 +686,32 @@ class Results:
 
 
 # --- 5. No key yet? -------------------------------------------------------------------
-def placeholder(schema: Any, dice: random.Random, root: Any) -> Any:
+def placeholder(schema: Any, dice: random.Random, root: Any, depth: int = 0) -> Any:
     """Something that fits the JSON schema; the same for the same dice."""
     if "$ref" in schema:
         schema = reduce(operator.getitem, schema["$ref"].split("/")[1:], root)
-    if "anyOf" in schema:
-        return placeholder(dice.choice(schema["anyOf"]), dice, root)
+    if options := schema.get("anyOf"):  # what refers to itself has to end: null is last
+        part = dice.choice(options) if depth < 5 else options[-1]
+        return placeholder(part, dice, root, depth + 1)
     if "enum" in schema or "const" in schema:
         return dice.choice(schema.get("enum") or [schema["const"]])
-    kind, low = schema["type"], schema.get("minimum", schema.get("exclusiveMinimum", 0))
-    high = schema.get("maximum", schema.get("exclusiveMaximum", low + 100))
+    kind, step = schema["type"], 1 if schema["type"] == "integer" else 0.01
     if kind == "object":
         fields = schema.get("properties", {}).items()
-        return {name: placeholder(part, dice, root) for name, part in fields}
+        return {name: placeholder(part, dice, root, depth + 1) for name, part in fields}
     if kind == "array":
         least = schema.get("minItems", 0)
-        most = min(schema.get("maxItems", 3), least + 3)
+        most = min(schema.get("maxItems", 3), least + 3) if depth < 5 else least
         items = range(dice.randint(least, max(least, most)))
-        return [placeholder(schema["items"], dice, root) for _ in items]
-    if kind == "integer":
-        return dice.randint(math.ceil(low), math.floor(high))
-    number = round(dice.uniform(low, high), 2)
+        return [placeholder(schema["items"], dice, root, depth + 1) for _ in items]
+    low = schema.get("minimum", schema.get("exclusiveMinimum", -math.inf) + step)
+    high = schema.get("maximum", schema.get("exclusiveMaximum", math.inf) - step)
+    low = low if low > -math.inf else min(0, high - 100)
+    number = dice.randint(0, int((min(high, low + 100) - low) / step)) * step + low
+    number = round(number) if kind == "integer" else round(number, 2)
     text = "Placeholder made offline: no model was asked."[: schema.get("maxLength")]
-    return {"number": number, "boolean": number % 1 < 0.5, "null": None}.get(kind, text)
+    other = {"boolean": dice.random() < 0.5, "null": None, "string": text}
+    return other.get(kind, number)
 
 
 @contextlib.asynccontextmanager
@@ -766,7 +783,10 @@ def parse_args(argv: list[str] | None, **given: Any) -> argparse.Namespace:
 def hash_settings(args: argparse.Namespace) -> str:
     """A short hash of all that shapes an answer."""
     parts = [build_request(args.model), PROMPT, args.offline]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return re.findall("[a-d].{7}", digest)[
+        0
+    ]  # digits alone would be a number to pandas
 
 
 async def answer(
@@ -859,7 +879,8 @@ def summarize(counts: Counter[str], throttle: Throttle, left: int) -> Iterator[s
     failed = counts["rows"] - counts["ok"]
     yield f"rows     {counts['ok']:,} answered, {failed:,} errors"
     yield f"tokens   {counts[TOKENS[0]]:,} in, {counts[TOKENS[1]]:,} out"
-    yield f"cost     {throttle.paid:.4f} USD" if PRICES else "cost     no PRICES set"
+    if PRICES:
+        yield f"cost     {throttle.paid:.4f} USD"
     yield f"time     {took:.1f} s, {counts['rows'] / took:.1f} rows/s"
     yield f"latency  median {median:.2f} s, 95 % within {slow:.2f} s"
     if throttle.waited:
@@ -872,28 +893,29 @@ def summarize(counts: Counter[str], throttle: Throttle, left: int) -> Iterator[s
         more, off = left / rows, 2 / math.sqrt(rows)
         tokens, usd = sum(counts[name] for name in TOKENS), throttle.paid * more
         best, worst = median * left / throttle.most / 60, took * more / 60
-        yield f"to come  {left:,} rows, about {tokens * more:,.0f} tokens,"
-        yield f"         {usd * max(0, 1 - off):.2f} to {usd * (1 + off):.2f} USD,"
+        yield f"to come  {left:,} rows, about {tokens * more:,.0f} tokens"
         yield f"         {best:.1f} to {worst:.1f} minutes"
+        if PRICES:
+            yield f"         {usd * max(0, 1 - off):.2f} to {usd * (1 + off):.2f} USD"
 
 
 def run(args: argparse.Namespace, source: Path, output: Path) -> int:
     """Answers INPUT into OUTPUT; returns the exit status. Raises what stopped it."""
     if source.suffix.lower() not in (".txt", ".jsonl", ".csv"):
         raise StopRun(f"{source}: INPUT has to be a .txt, .jsonl or .csv file")
-    lines, keys = array("q"), array("q")
-    for message in read_messages(source, args.field, args.shard):
-        lines.append(message["line"])
-        keys.append(hash(message["text_message"]))
-    if not lines:
+    read = partial(read_messages, source, args.field, args.shard)
+    keys = array("q", (hash(message["text_message"]) for message in read()))
+    if not keys:
         raise StopRun(f"{source}: no message in it")
+    if args.max_cost < sys.float_info.max and not PRICES:
+        raise StopRun("--max-cost: set PRICES in part 1 first")
     if output.exists() and (not output.is_file() or output.samefile(source)):
         raise StopRun(f"{output}: no plain file, or INPUT itself; choose another")
     results = Results(output, hash_settings(args), args.restart)
     todo = bytearray(offset < 0 for offset in results.match(keys)[0])
     left = sum(todo[args.limit :])
     del todo[args.limit :]
-    messages = itertools.compress(read_messages(source, args.field, args.shard), todo)
+    messages = itertools.compress(read(), todo)
     throttle = Throttle(args.concurrency, args.max_cost)
     results.bar = tqdm(total=len(todo), initial=len(todo) - sum(todo), disable=None)
     gc.freeze()  # what is there by now will stay: no collection needs to look at it
@@ -904,7 +926,7 @@ def run(args: argparse.Namespace, source: Path, output: Path) -> int:
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
     finally:
-        results.order(lines, keys)
+        results.order(read(), keys)
         results.file.close()
         say("\n".join(summarize(results.counts, throttle, left)))
     return 1 if results.counts["ok"] < results.counts["rows"] else 0
@@ -921,15 +943,16 @@ def main(argv: list[str] | None = None) -> int:
                 source = Path(folder, "stdin.txt")
                 with open(source, "wb") as file:
                     shutil.copyfileobj(sys.stdin.buffer, file)
-            return run(args, source, Path(args.output))
+            line, status = "", run(args, source, Path(args.output))
     except StopRun as stop:
-        line, status = f"{stop}", 2
+        line, status = f"{stop}\n", 2
     except OSError as error:
-        line, status = f"{error.filename or args.output}: {error.strerror}", 2
+        line, status = f"{error.filename or args.output}: {error.strerror}\n", 2
     except KeyboardInterrupt:
-        line, status = "interrupted", 130
-    again = [word for word in argv or sys.argv[1:] if word != "--restart"]
-    say(f"{line}\nto go on: {shlex.join(['python', sys.argv[0], *again])}")
+        line, status = "interrupted\n", 130
+    if status:
+        again = [word for word in argv or sys.argv[1:] if word != "--restart"]
+        say(f"{line}to go on: {shlex.join(['python', sys.argv[0], *again])}")
     return status
 
 

@@ -25,7 +25,7 @@ QUICK = ("--max-attempts", "3", "--timeout", "0.4")
 FAILURES = [
     ("400", "bad_request", False),
     ("400:param=input", "bad_request", False),
-    ("400:param=input[0].content", "bad_request", False),
+    ("400:param=input.0.content", "bad_request", False),
     ("400:code=context_length_exceeded:param=input", "bad_request", False),
     ("400:code=content_filter", "content_filter", False),
     ("413", "bad_request", False),
