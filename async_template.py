@@ -128,13 +128,19 @@ def to_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
 
 
+def find_key() -> str:
+    """The key in the environment. Raises StopRun where there is none to use."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not re.fullmatch("[!-~]+", key):
+        raise StopRun("no key: set OPENAI_API_KEY, or try without one by --offline")
+    return key
+
+
 def new_client(concurrency: int, offline_url: str | None = None) -> openai.AsyncOpenAI:
     """A client for the key and endpoint of the environment, or for the stand-in."""
     import openai
 
-    key = "offline" if offline_url else os.environ.get("OPENAI_API_KEY", "").strip()
-    if not re.fullmatch("[!-~]+", key):
-        raise StopRun("no key: set OPENAI_API_KEY, or try without one by --offline")
+    key = "offline" if offline_url else find_key()
     url = (
         offline_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
     )
@@ -325,7 +331,8 @@ class Throttle:
     The window of slots grows while the server keeps up, and is cut when not (AIMD).
     """
 
-    def __init__(self, concurrency: int, budget: float = math.inf) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
+        concurrency = args.concurrency
         self.started = now = time.monotonic()
         self.alive_at, self.last_cut, self.brake_until = now, now, now
         self.most, self.slots = concurrency, asyncio.Semaphore(concurrency)
@@ -334,7 +341,9 @@ class Throttle:
         self.stopping, self.reason = asyncio.Event(), BaseException()
         self.requests, self.tokens = Mirror("requests"), Mirror("tokens")
         self.density = self.densest = 0.3  # tokens per character: on average, at most
-        self.budget, self.paid, self.dearest = budget, 0.0, 0.0  # USD; of one request
+        known = PRICES and args.model == MODEL and not args.offline
+        self.prices = PRICES if known else None  # USD for a million tokens
+        self.budget, self.paid, self.dearest = args.max_cost, 0.0, 0.0  # USD; a request
         self.why, self.waited, self.refusals, self.streak = "", 0.0, 0, 0
         self.marked = now, 0.0  # the last refusal; what had gone through by then
         self.answered, self.down = "", False  # the last message that had a reply
@@ -358,7 +367,8 @@ class Throttle:
             dense = sum(reply.usage.values()) / size
             self.density += 0.1 * (dense - self.density)
             self.densest = max(self.densest, dense)
-            usd = sum(map(operator.mul, PRICES or (0, 0), reply.usage.values())) / 1e6
+            prices = self.prices or (0, 0)
+            usd = sum(map(operator.mul, prices, reply.usage.values())) / 1e6
             self.paid, self.dearest = self.paid + usd, max(self.dearest, usd)
         self.requests.read(reply.headers, sent, spent[0], 1.0)
         self.tokens.read(reply.headers, sent, spent[1], size * self.density)
@@ -784,9 +794,8 @@ def hash_settings(args: argparse.Namespace) -> str:
     """A short hash of all that shapes an answer."""
     parts = [build_request(args.model), PROMPT, args.offline]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return re.findall("[a-d].{7}", digest)[
-        0
-    ]  # digits alone would be a number to pandas
+    start = re.search("[a-d]", digest[:56])  # digits alone are a number to pandas
+    return digest[start.start() if start else 0 :][:8]
 
 
 async def answer(
@@ -823,7 +832,7 @@ async def answer_all(messages: Iterable[str], **options: Any) -> list[Row]:
             rows.append(row)
             bar.update()
 
-        await answer(numbered, keep, Throttle(args.concurrency, args.max_cost), args)
+        await answer(numbered, keep, Throttle(args), args)
     return sorted(rows, key=operator.itemgetter("line"))
 
 
@@ -879,7 +888,7 @@ def summarize(counts: Counter[str], throttle: Throttle, left: int) -> Iterator[s
     failed = counts["rows"] - counts["ok"]
     yield f"rows     {counts['ok']:,} answered, {failed:,} errors"
     yield f"tokens   {counts[TOKENS[0]]:,} in, {counts[TOKENS[1]]:,} out"
-    if PRICES:
+    if throttle.prices:
         yield f"cost     {throttle.paid:.4f} USD"
     yield f"time     {took:.1f} s, {counts['rows'] / took:.1f} rows/s"
     yield f"latency  median {median:.2f} s, 95 % within {slow:.2f} s"
@@ -894,9 +903,9 @@ def summarize(counts: Counter[str], throttle: Throttle, left: int) -> Iterator[s
         tokens, usd = sum(counts[name] for name in TOKENS), throttle.paid * more
         best, worst = median * left / throttle.most / 60, took * more / 60
         yield f"to come  {left:,} rows, about {tokens * more:,.0f} tokens"
-        yield f"         {best:.1f} to {worst:.1f} minutes"
-        if PRICES:
+        if throttle.prices:
             yield f"         {usd * max(0, 1 - off):.2f} to {usd * (1 + off):.2f} USD"
+        yield f"         {best:.1f} to {worst:.1f} minutes"
 
 
 def run(args: argparse.Namespace, source: Path, output: Path) -> int:
@@ -907,16 +916,17 @@ def run(args: argparse.Namespace, source: Path, output: Path) -> int:
     keys = array("q", (hash(message["text_message"]) for message in read()))
     if not keys:
         raise StopRun(f"{source}: no message in it")
-    if args.max_cost < sys.float_info.max and not PRICES:
-        raise StopRun("--max-cost: set PRICES in part 1 first")
     if output.exists() and (not output.is_file() or output.samefile(source)):
         raise StopRun(f"{output}: no plain file, or INPUT itself; choose another")
+    args.offline or find_key()
+    throttle = Throttle(args)
+    if args.max_cost < sys.float_info.max and not (throttle.prices or args.offline):
+        raise StopRun("--max-cost needs the PRICES of that MODEL in part 1")
     results = Results(output, hash_settings(args), args.restart)
     todo = bytearray(offset < 0 for offset in results.match(keys)[0])
     left = sum(todo[args.limit :])
     del todo[args.limit :]
     messages = itertools.compress(read(), todo)
-    throttle = Throttle(args.concurrency, args.max_cost)
     results.bar = tqdm(total=len(todo), initial=len(todo) - sum(todo), disable=None)
     gc.freeze()  # what is there by now will stay: no collection needs to look at it
     try:

@@ -20,7 +20,7 @@ import async_template
 Runner = Callable[..., Run]
 
 GOOD = "Fine. [ok]"
-QUICK = ("--max-attempts", "3", "--timeout", "0.4")
+QUICK = ("--max-attempts", "3", "--timeout", "0.3")
 # What a server does, the error type in the row, and whether it is tried again.
 FAILURES = [
     ("400", "bad_request", False),

@@ -164,7 +164,9 @@ def test_a_torn_line_is_asked_again(
     assert sorted(asked(server)) == ["a", "é😀", "é😀"]
 
 
-def test_a_torn_line_may_be_the_only_one(run: Runner, out: Path) -> None:
+def test_a_torn_line_may_be_the_only_one(
+    server: Server, run: Runner, out: Path
+) -> None:
     """A crash in the first row does not make OUTPUT a stranger."""
     run(["a"])
     whole = out.read_bytes()

@@ -9,12 +9,13 @@ import threading
 import time
 from collections.abc import Callable
 from email.utils import formatdate
+from itertools import pairwise
 
 import pytest
 from conftest import Run
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from server import RateLimit, Server, TokenLimit, format_duration
+from server import RateLimit, RetryAfter, Server, TokenLimit, format_duration
 
 import async_template
 
@@ -50,7 +51,7 @@ def spy(server: Server, latency: float, at: dict[int, str]) -> list[int]:
     return seen
 
 
-# ------------------------------------------------------------------- refusals
+# --- refusals
 
 
 def test_refusal_is_no_attempt(server: Server, run: Runner) -> None:
@@ -63,26 +64,31 @@ def test_refusal_is_no_attempt(server: Server, run: Runner) -> None:
 
 @pytest.mark.parametrize(
     ("header", "least"),
-    [("retry-after-ms=250", 0.25), ("retry-after=1", 1.0), ("retry-after={date}", 1.0)],
+    [("retry-after-ms=250", 0.25), ("retry-after=1", 1.0), ("retry-after={date}", 0.9)],
 )
 def test_one_brake_for_all(
     server: Server, run: Runner, header: str, least: float
 ) -> None:
     """After one refusal nobody sends anything for as long as the server asked."""
-    date = formatdate(math.ceil(time.time()) + 2, usegmt=True)
+    date = formatdate(math.ceil(time.time()) + 1, usegmt=True)
     server.latency = 0.01
-    run([f"Late. [429:{header.format(date=date)},ok]", *good(100)])
+    run([f"Late. [429:{header.format(date=date)},ok]", *good(30)])
     times = [request.at for request in server.requests]
-    gaps = [after - before for before, after in zip(times, times[1:])]
+    gaps = [after - before for before, after in pairwise(times)]
     assert max(gaps) >= least
-    assert gaps.index(max(gaps)) < 40 and server.statuses[200] == 101
+    assert gaps.index(max(gaps)) < 25 and server.statuses[200] == 31
 
 
 @pytest.mark.parametrize(
     "header",
-    ["retry-after=-5", "retry-after=nan", "retry-after=inf", "retry-after=soon"]
-    + ["retry-after-ms=", "retry-after-ms=x:retry-after=0", "retry-after=1e999"]
-    + ["retry-after=Mon, 01 Jan 2001 00:00:00 GMT", "retry-after=٣"],
+    [
+        "retry-after=-5",
+        "retry-after=nan",
+        "retry-after=soon",
+        "retry-after-ms=",
+        "retry-after-ms=x:retry-after=0",
+        "retry-after=Mon, 01 Jan 2001 00:00:00 GMT",
+    ],
 )
 def test_odd_retry_after(server: Server, run: Runner, header: str) -> None:
     """A wait that makes no sense is the program's own short one."""
@@ -106,18 +112,18 @@ def test_stray_refusals_do_not_ruin_the_pace(server: Server, run: Runner) -> Non
     server.latency = 0.05
     messages = [f"{n} [{'ok' if n % 20 else '429,ok'}]" for n in range(1, 301)]
     assert all_answered(run(messages, "--concurrency", "20"))
-    assert len(server.stats()["answered_200_by_second"]) <= 8
+    assert len(server.stats()["answered_200_by_second"]) <= 4
 
 
-# ----------------------------------------------------------- growth and cuts
+# --- growth and cuts
 
 
 def test_starts_small(server: Server, run: Runner) -> None:
     """Before the first answer eight are in flight and no more."""
-    server.hold, server.latency = 8, 0.2
+    server.hold, server.latency = 8, 0.1
     assert all_answered(run(good(60)))
     first = server.requests[0].at
-    assert sum(request.at < first + 0.2 for request in server.requests) == 8
+    assert sum(request.at < first + 0.1 for request in server.requests) == 8
 
 
 def test_grows_with_success(server: Server, run: Runner) -> None:
@@ -129,40 +135,41 @@ def test_grows_with_success(server: Server, run: Runner) -> None:
 
 @pytest.mark.parametrize(
     ("trouble", "cut"),
-    [("503", True), ("529", True), ("429", True), ("500", False), ("drop", False)],
+    [("503", True), ("500", False), ("drop", False)],
 )
 def test_cut(server: Server, run: Runner, trouble: str, cut: bool) -> None:
-    """Overload and refusals cut what is in flight; a row's own trouble does not."""
-    in_flight = spy(server, 0.1, {})
-    messages = [*good(60, "before"), f"Bad. [{trouble},ok]", *good(60, "after")]
+    """Overload cuts what is in flight; a row's own trouble does not."""
+    in_flight = spy(server, 0.15, {})
+    messages = [*good(60, "before"), f"Bad. [{trouble},ok]", *good(50, "after")]
     assert all_answered(run(messages, "--concurrency", "20"))
-    assert max(in_flight[:61]) >= 18
-    assert (max(in_flight[85:115]) < 18) == cut
+    assert max(in_flight[:61]) >= 15
+    assert (max(in_flight[85:105]) < 15) == cut
 
 
 def test_one_cut_an_episode(server: Server, run: Runner) -> None:
     """Many refused at once are one episode: the run does not crawl afterwards."""
-    in_flight = spy(server, 0.1, {})
-    bad = [f"Bad {n}. [503,ok]" for n in range(4)]
-    messages = [*good(60, "before"), *bad, *good(60, "after")]
+    in_flight = spy(server, 0.15, {})
+    bad = [f"Bad {n}. [503,ok]" for n in range(5)]
+    messages = [*good(60, "before"), *bad, *good(50, "after")]
     assert all_answered(run(messages, "--concurrency", "20"))
-    assert 5 <= max(in_flight[90:115]) < 18
+    assert 7 <= max(in_flight[90:110]) < 15
 
 
-# -------------------------------------------------------------- rate limits
+# --- rate limits
 
 
-@pytest.mark.parametrize("headers", [True, False])
-@pytest.mark.parametrize("retry_after", ["ms", None])
+@pytest.mark.parametrize(
+    ("headers", "retry_after"), [(True, "ms"), (False, "ms"), (False, None)]
+)
 def test_rate_limit(
-    server: Server, run: Runner, headers: bool, retry_after: None
+    server: Server, run: Runner, headers: bool, retry_after: RetryAfter
 ) -> None:
     """Within a limit of requests all is answered, and little is refused."""
     limit = RateLimit(100, 20, headers=headers, retry_after=retry_after)
     server.policies = [limit]
     server.latency = 0.05
-    assert all_answered(run(plain(150)))
-    assert limit.refused <= (8 if headers else 22)
+    assert all_answered(run(plain(100)))
+    assert limit.refused <= (5 if headers else 20)
 
 
 def test_token_limit(server: Server, run: Runner) -> None:
@@ -193,7 +200,16 @@ def test_odd_limits(server: Server, run: Runner, headers: dict[str, str]) -> Non
     assert all_answered(run(good(30)))
 
 
-# ------------------------------------------------------------------ outages
+@pytest.mark.timeout(5)
+def test_daily_limit_used_up(server: Server, run: Runner) -> None:
+    """A limit that is back tomorrow is no reason to stand still without a word."""
+    limit = {"limit-requests": "200", "remaining-requests": "0"}
+    limit["reset-requests"] = "20h0m0s"
+    server.headers = {f"x-ratelimit-{key}": value for key, value in limit.items()}
+    assert run(good(60)).code in (0, 2)
+
+
+# --- outages
 
 
 def test_server_restarts(server: Server, run: Runner) -> None:
@@ -202,7 +218,11 @@ def test_server_restarts(server: Server, run: Runner) -> None:
 
     def restart() -> None:
         server.pause_listening()
-        threading.Timer(0.4, lambda: (server.resume_listening(), back.set())).start()
+        threading.Timer(0.4, resume).start()
+
+    def resume() -> None:
+        server.resume_listening()
+        back.set()
 
     def look(chance: random.Random) -> float:
         if server.total == 60:
@@ -218,7 +238,7 @@ def test_server_restarts(server: Server, run: Runner) -> None:
 @pytest.mark.parametrize("trouble", ["503", "500", "drop", "empty", "hang"])
 def test_outage_costs_no_row(server: Server, run: Runner, trouble: str) -> None:
     """A server that fails everybody for a while is waited for; no row is lost."""
-    spy(server, 0.01, {40: trouble, 54: "ok"})
+    spy(server, 0.01, {40: trouble, 50: "ok"})
     options = ("--max-attempts", "2", "--concurrency", "8", "--timeout", "0.2")
     result = run(plain(80), *options)
     assert all_answered(result) and len(result.rows) == 80
@@ -235,7 +255,7 @@ def test_poison_at_the_end(server: Server, run: Runner, trouble: str) -> None:
     assert server.count("Poison") <= 60
 
 
-# --------------------------------------------------------------- the mirror
+# --- the mirror
 
 ODD = [
     None,
@@ -276,6 +296,7 @@ def fed(*headers: tuple[str | None, ...]) -> async_template.Mirror:
     return mirror
 
 
+@settings(max_examples=60)
 @given(st.lists(HEADERS, max_size=4), st.floats(0, 1e9))
 def test_mirror_of_odd_headers(
     headers: list[tuple[str | None, ...]], need: float
@@ -300,8 +321,16 @@ def test_mirror_of_a_limit_per_minute(limit: int, share: float) -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("6m0s", 360), ("1s", 1), ("120ms", 0.12), ("7m12s", 432), ("1d2h", 93_600)]
-    + [("1.5s", 1.5), ("1h0m0s", 3600), ("59.999s", 59.999)],
+    [
+        ("120ms", 0.12),
+        ("1s", 1),
+        ("1.5s", 1.5),
+        ("59.999s", 59.999),
+        ("6m0s", 360),
+        ("7m12s", 432),
+        ("1h0m0s", 3600),
+        ("1d2h", 93_600),
+    ],
 )
 def test_mirror_of_durations(text: str, seconds: float) -> None:
     """All that a server had is there again after the time it names."""
