@@ -740,7 +740,8 @@ async def offline_server(latency: float, load: Counter[str]) -> AsyncIterator[st
                 schema = body["text"]["format"]["schema"]
                 text = json.dumps(placeholder(schema, dice, schema))
                 usage = dict(zip(TOKENS, (size // 4, len(text) // 4)))
-                output = [{"content": [{"type": "output_text", "text": text}]}]
+                part = {"type": "output_text", "text": text}
+                output = [{"type": "message", "content": [part]}]
                 reply = {"model": "offline", "output": output, "usage": usage}
                 await asyncio.sleep(latency * dice.lognormvariate(0, 0.3))
                 load["in flight"] -= 1

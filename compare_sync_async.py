@@ -141,9 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             confirm(texts, args)
         with offline(args.latency, load) if args.offline else contextlib.nullcontext():
             return min(1, compare(texts, args, load))
-    except (template.StopRun, KeyboardInterrupt) as stop:
-        print(*stop.args[:1] or ["interrupted"], file=sys.stderr)
-        return 2 if isinstance(stop, template.StopRun) else 130
+    except (template.StopRun, OSError, KeyboardInterrupt) as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return 130 if isinstance(stop, KeyboardInterrupt) else 2
 
 
 if __name__ == "__main__":
