@@ -282,15 +282,17 @@ class Mirror:
     spent: float = 0.0  # by this run
     limit: float = 0.0  # as the headers name it; 0 where there were none
     curiosity: float = 0.0  # lets a guessed rate grow, to find out if it still holds
+    margin: float = 2.0  # how many requests to have room for before starting one
 
-    def wait(self, need: float) -> float:
-        """Seconds until there is room for `need`; 0 if there is now."""
+    def wait(self, cost: float) -> float:
+        """Seconds until there is room for a request of that cost; 0 if there is now."""
         now = time.monotonic()
         if now > self.seen:
             age = self.curiosity * (now - self.at)
             rate = self.rate * (1 + age / 2 + age**2)
             self.left = min(self.full, self.left + rate * (now - self.seen))
             self.seen = now
+        need = max(cost, min(self.margin * cost, self.full / 2))
         short = min(need, self.full) - self.left
         return max(0.0, short / self.rate) if self.rate else 0.1 * (short > 0)
 
@@ -322,6 +324,7 @@ class Mirror:
         self.full = limit if whole >= 30 else max(most, left + cost)
         self.rate, self.limit, self.curiosity = (self.full - left) / back, limit, 0.0
         self.left, self.seen, self.at = left - (self.spent - spent), at, at
+        self.margin = max(2.0, 0.998 * self.margin)
 
 
 class Throttle:
@@ -334,7 +337,7 @@ class Throttle:
     def __init__(self, args: argparse.Namespace) -> None:
         concurrency = args.concurrency
         self.started = now = time.monotonic()
-        self.alive_at, self.last_cut, self.brake_until = now, now, now
+        self.alive_at = self.last_cut = self.full_at = self.brake_until = now
         self.most, self.slots = concurrency, asyncio.Semaphore(concurrency)
         self.in_flight, self.window, self.fast = 0, float(min(START, concurrency)), True
         self.turnstile, self.landed = asyncio.Lock(), asyncio.Event()
@@ -398,10 +401,11 @@ class Throttle:
     def wait(self, size: int) -> float:
         """Seconds until the next request may start; 0 if it may now."""
         if self.in_flight >= int(self.window):
+            self.full_at = time.monotonic()
             return 60.0  # or until one lands
         braked = max(0.0, self.brake_until - time.monotonic())
         tokens = self.tokens.wait(size * self.densest)
-        return max(braked, self.requests.wait(2.0), tokens)
+        return max(braked, self.requests.wait(1.0), tokens)
 
     def stop(self, reason: BaseException) -> None:
         """Lets nothing more start: what waits gives up, what is in flight may land."""
@@ -430,7 +434,7 @@ class Throttle:
             self.alive_at, self.answered, self.down = time.monotonic(), text, False
             self.failing, self.timeouts, self.streak = set(), 0, 0
             self.latencies.append(self.alive_at - sent)
-            if self.in_flight + 1 >= int(self.window):  # all of it was in use
+            if sent <= self.full_at:  # all of it was in use
                 more = 2.0 if self.fast else 1 / self.window
                 self.window = min(self.most, self.window + more)
 
@@ -442,6 +446,8 @@ class Throttle:
         if reply.wait > PATIENCE:
             then = time.asctime(time.localtime(time.time() + reply.wait))
             raise StopRun(f"the limit is used up until {then}: run it again then")
+        for mirror in (self.requests, self.tokens):  # somebody else spends, too
+            mirror.margin = min(20.0, 1.5 * mirror.margin)
         through = pace.spent - self.refusals - self.marked[1]
         if sent >= self.last_cut and through >= 5 and not pace.limit:
             # The bucket was empty then and is empty now: what went through is its rate.
@@ -457,7 +463,7 @@ class Throttle:
         was sent before the last cut is no news. May raise StopRun."""
         now = time.monotonic()
         if sent >= self.last_cut:
-            cut = 0.0 if self.down else self.window * (0.5 if self.fast else 0.85)
+            cut = 0.0 if self.down else self.window * (0.5 if self.fast else 0.9)
             self.window, self.last_cut, self.fast = max(1.0, cut, least), now, self.down
             self.streak += 1
             if (quiet := now - self.alive_at) > PATIENCE and self.streak > 2:
