@@ -827,11 +827,35 @@ async def answer(
         await answer_each(queue, to_row, keep, throttle)
 
 
+async def attend(bar: Any, throttle: Throttle, results: Results | None = None) -> None:
+    """Twice a second: how it goes, to the bar, and what was written, to the disk."""
+    for beat in itertools.count(1):
+        await asyncio.sleep(0.5)
+        status = f"{throttle.in_flight} in flight"
+        status += f", ${throttle.paid:.2f}" if throttle.paid else ""
+        if (wait := throttle.brake_until - time.monotonic()) > 0.5:
+            status += f", {throttle.why}, {wait:.0f} s"
+        if not results:
+            bar.set_postfix_str(status)
+            continue
+        status = f"{results.counts['rows'] - results.counts['ok']} errors, {status}"
+        bar.set_postfix_str(status)
+        if bar.disable and beat % 60 == 0:  # no terminal: a line now and then
+            say(f"{results.counts['rows']:,} of {bar.total:,} rows, {status}")
+        try:
+            await asyncio.to_thread(os.fsync, results.file.fileno())
+            if not results.is_there():
+                raise StopRun(f"{results.path} was moved or deleted during the run")
+        except (StopRun, OSError) as reason:
+            throttle.stop(reason)
+
+
 async def answer_all(messages: Iterable[str], **options: Any) -> list[Row]:
     """The rows of all messages, in order; in a notebook `await answer_all(texts)`.
 
     Options as on the command line: model, concurrency, offline ... Raises StopRun."""
     args, rows = parse_args(["-", "-"], **options), list[Row]()
+    throttle = Throttle(args)
     numbered = ({"line": n, "text_message": text} for n, text in enumerate(messages, 1))
     with tqdm(total=len(messages) if isinstance(messages, Sized) else None) as bar:
 
@@ -839,29 +863,12 @@ async def answer_all(messages: Iterable[str], **options: Any) -> list[Row]:
             rows.append(row)
             bar.update()
 
-        await answer(numbered, keep, Throttle(args), args)
-    return sorted(rows, key=operator.itemgetter("line"))
-
-
-async def attend(results: Results, throttle: Throttle) -> None:
-    """Twice a second: what was written goes to the disk, how it goes to the screen."""
-    bar, counts = results.bar, results.counts
-    for beat in itertools.count(1):
-        await asyncio.sleep(0.5)
-        errors = counts["rows"] - counts["ok"]
-        status = f"{errors} errors, {throttle.in_flight} in flight"
-        status += f", ${throttle.paid:.2f}" if throttle.paid else ""
-        if (wait := throttle.brake_until - time.monotonic()) > 0.5:
-            status += f", {throttle.why}, {wait:.0f} s"
-        bar.set_postfix_str(status)
-        if bar.disable and beat % 60 == 0:  # no terminal: a line now and then
-            say(f"{counts['rows']:,} of {bar.total:,} rows, {status}")
+        attending = asyncio.create_task(attend(bar, throttle))
         try:
-            await asyncio.to_thread(os.fsync, results.file.fileno())
-            if not results.is_there():
-                raise StopRun(f"{results.path} was moved or deleted during the run")
-        except (StopRun, OSError) as reason:
-            throttle.stop(reason)
+            await answer(numbered, keep, throttle, args)
+        finally:
+            attending.cancel()
+    return sorted(rows, key=operator.itemgetter("line"))
 
 
 async def answer_file(
@@ -878,7 +885,7 @@ async def answer_file(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
-    attending = asyncio.create_task(attend(results, throttle))
+    attending = asyncio.create_task(attend(results.bar, throttle, results))
     try:
         await answer(queue, results.add, throttle, args)
     finally:

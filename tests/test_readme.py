@@ -84,7 +84,7 @@ def test_pandas_lines_run(code: str, tmp_path: Path) -> None:
 
 def test_dependencies_are_stated_once() -> None:
     """The PEP 723 block and requirements.txt say the same."""
-    stated = re.findall(r'^# dependencies = (\[.*\])$', SOURCE, re.MULTILINE)
+    stated = re.findall(r"^# dependencies = (\[.*\])$", SOURCE, re.MULTILINE)
     wanted = (ROOT / "requirements.txt").read_text("utf-8").split()
     assert json.loads(stated[0]) == wanted
 
