@@ -29,6 +29,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar, cast
+from urllib.parse import urlsplit
 
 Json = dict[str, Any]
 Latency = float | Callable[[random.Random], float]
@@ -647,7 +648,8 @@ def _parse_head(head: str) -> tuple[str, str, str, dict[str, str]]:
         headers = {name.lower(): value.strip() for name, value in pairs}
     except ValueError:
         raise _BadRequestError(first) from None
-    return method, target.partition("?")[0], version, headers
+    path = urlsplit(target).path  # a client of a proxy sends the whole address
+    return method, path, version, headers
 
 
 def _dechunk(data: bytearray, at: int) -> tuple[bytes, int] | None:
@@ -1043,7 +1045,7 @@ class Server:
             self._listener = None
         for connection in list(self._open):
             connection.transport.abort()
-        while self._open:
+        while self._open:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
     async def _shut(self) -> None:
