@@ -281,16 +281,14 @@ class Mirror:
     at: float = 0.0  # when the request was sent whose reply told the latest news
     spent: float = 0.0  # by this run
     limit: float = 0.0  # as the headers name it; 0 where there were none
-    curiosity: float = 0.0  # lets a guessed rate grow, to find out if it still holds
+    growth: float = 1.0  # of a guessed rate by each answer, to find out if it holds
     margin: float = 2.0  # how many requests to have room for before starting one
 
     def wait(self, cost: float) -> float:
         """Seconds until there is room for a request of that cost; 0 if there is now."""
         now = time.monotonic()
         if now > self.seen:
-            age = self.curiosity * (now - self.at)
-            rate = self.rate * (1 + age / 2 + age**2)
-            self.left = min(self.full, self.left + rate * (now - self.seen))
+            self.left = min(self.full, self.left + self.rate * (now - self.seen))
             self.seen = now
         need = max(cost, min(self.margin * cost, self.full / 2))
         short = min(need, self.full) - self.left
@@ -322,9 +320,15 @@ class Mirror:
         most = self.full if limit == self.limit else 0.0
         whole = back * limit / (limit - left) if left < limit else 0.0
         self.full = limit if whole >= 30 else max(most, left + cost)
-        self.rate, self.limit, self.curiosity = (self.full - left) / back, limit, 0.0
+        self.rate, self.limit, self.growth = (self.full - left) / back, limit, 1.0
         self.left, self.seen, self.at = left - (self.spent - spent), at, at
         self.margin = max(2.0, 0.998 * self.margin)
+
+
+def used_up(wait: float) -> StopRun:
+    """The end of a run that would have to wait for so many seconds."""
+    then = time.asctime(time.localtime(time.time() + wait))
+    return StopRun(f"the limit is used up until {then}: run the same command then")
 
 
 class Throttle:
@@ -347,7 +351,8 @@ class Throttle:
         known = PRICES and args.model == MODEL and not args.offline
         self.prices = PRICES if known else None  # USD for a million tokens
         self.budget, self.paid, self.dearest = args.max_cost, 0.0, 0.0  # USD; a request
-        self.why, self.waited, self.refusals, self.streak = "", 0.0, 0, 0
+        self.until, self.why, self.waited, self.refusals = now, "rate limited", 0.0, 0
+        self.streak = 0  # of episodes of refusals or troubles without an answer
         self.marked = now, 0.0  # the last refusal; what had gone through by then
         self.answered, self.down = "", False  # the last message that had a reply
         self.failing, self.timeouts, self.rejected = set[str](), 0, 0  # since then
@@ -403,9 +408,12 @@ class Throttle:
         if self.in_flight >= int(self.window):
             self.full_at = time.monotonic()
             return 60.0  # or until one lands
-        braked = max(0.0, self.brake_until - time.monotonic())
-        tokens = self.tokens.wait(size * self.densest)
-        return max(braked, self.requests.wait(1.0), tokens)
+        now, tokens = time.monotonic(), self.tokens.wait(size * self.densest)
+        wait = max(0.0, self.brake_until - now, self.requests.wait(1.0), tokens)
+        if wait > PATIENCE and not self.in_flight:
+            self.stop(used_up(wait))
+        self.until = now + wait
+        return wait
 
     def stop(self, reason: BaseException) -> None:
         """Lets nothing more start: what waits gives up, what is in flight may land."""
@@ -434,6 +442,7 @@ class Throttle:
             self.alive_at, self.answered, self.down = time.monotonic(), text, False
             self.failing, self.timeouts, self.streak = set(), 0, 0
             self.latencies.append(self.alive_at - sent)
+            self.requests.rate *= self.requests.growth
             if sent <= self.full_at:  # all of it was in use
                 more = 2.0 if self.fast else 1 / self.window
                 self.window = min(self.most, self.window + more)
@@ -444,16 +453,15 @@ class Throttle:
         self.refusals += 1
         now, pace = time.monotonic(), self.requests
         if reply.wait > PATIENCE:
-            then = time.asctime(time.localtime(time.time() + reply.wait))
-            raise StopRun(f"the limit is used up until {then}: run it again then")
+            raise used_up(reply.wait)
         for mirror in (self.requests, self.tokens):  # somebody else spends, too
-            mirror.margin = min(20.0, 1.5 * mirror.margin)
+            mirror.margin *= 1.5 if mirror.limit and mirror.margin < 20 else 1.0
         through = pace.spent - self.refusals - self.marked[1]
         if sent >= self.last_cut and through >= 5 and not pace.limit:
             # The bucket was empty then and is empty now: what went through is its rate.
             pace.rate = max(0.85 * pace.rate, through / (now - self.marked[0]))
-            pace.left, pace.full, pace.curiosity = 0.0, max(2.0, pace.rate), 0.1
-            pace.at = pace.seen = now + reply.wait
+            pace.left, pace.full, pace.growth = 1.0, max(2.0, pace.rate), 1.01
+            pace.margin, pace.seen = 1.0, now + reply.wait
             self.marked = now, self.marked[1] + through
         in_use = pace.rate * sum(self.latencies) / max(1, len(self.latencies))
         self.slow_down(sent, "rate limited", in_use, reply.wait or -1)
@@ -833,7 +841,7 @@ async def attend(bar: Any, throttle: Throttle, results: Results | None = None) -
         await asyncio.sleep(0.5)
         status = f"{throttle.in_flight} in flight"
         status += f", ${throttle.paid:.2f}" if throttle.paid else ""
-        if (wait := throttle.brake_until - time.monotonic()) > 0.5:
+        if (wait := throttle.until - time.monotonic()) > 0.5:
             status += f", {throttle.why}, {wait:.0f} s"
         if not results:
             bar.set_postfix_str(status)

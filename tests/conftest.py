@@ -30,10 +30,6 @@ KEY = "sk-test-0123456789"
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors, unclosed sockets and files included; no test may hang."""
     config.addinivalue_line("filterwarnings", "error")
-    # Files alone have a test of their own, test_calls.py's test_files_are_closed: with
-    # the line below a file left open fails that one, and not any that happens to run.
-    ignore = "ignore:unclosed file:ResourceWarning"
-    config.addinivalue_line("filterwarnings", ignore)
     if config.getoption("timeout", None) is None:
         config.option.timeout = 60
 

@@ -107,13 +107,13 @@ def test_long_wait_stops(server: Server, run: Runner, header: str) -> None:
     assert result.rows and all(row["response"] for row in result.rows)
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(8)
 def test_stray_refusals_do_not_ruin_the_pace(server: Server, run: Runner) -> None:
     """Where one in 20 is refused for no reason the pace stays near what is served."""
     server.latency = 0.05
     messages = [f"{n} [{'ok' if n % 20 else '429,ok'}]" for n in range(1, 301)]
     assert all_answered(run(messages, "--concurrency", "20"))
-    assert len(server.stats()["answered_200_by_second"]) <= 4
+    assert len(server.stats()["answered_200_by_second"]) <= 8
 
 
 # --- growth and cuts
@@ -311,15 +311,15 @@ def test_mirror_of_odd_headers(
     assert 0 <= mirror.wait(need) < math.inf
 
 
-@given(st.integers(100, 1_000_000), st.floats(0.02, 0.9))
+@given(st.integers(100, 1_000_000), st.floats(0.05, 0.6))
 def test_mirror_of_a_limit_per_minute(limit: int, share: float) -> None:
     """From OpenAI's headers comes the rate at which there is room again."""
     left = int(limit * share)
     reset = format_duration((limit - left) / (limit / 60))
-    mirror, missing = fed((str(limit), str(left), reset)), limit - left
-    assert mirror.wait(left - 2) == 0
-    took = mirror.wait(left + missing * 0.75) - mirror.wait(left + missing * 0.25)
-    assert missing * 0.5 / took == pytest.approx(limit / 60, 0.05)
+    mirror = fed((str(limit), str(left), reset))
+    assert mirror.wait(1) == 0
+    took = mirror.wait(0.9 * limit) - mirror.wait(0.7 * limit)
+    assert 0.2 * limit / took == pytest.approx(limit / 60, 0.05)
 
 
 @pytest.mark.parametrize(
