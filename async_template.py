@@ -10,7 +10,6 @@
   python async_template.py messages.txt out.jsonl             all; run again to resume
 
 Each message becomes one line of OUTPUT, on disk as soon as it is answered:
-
   {"line": 1, "text_message": "The service here is very good!", "response": {"score":
   0.9, "explanation": "..."}, "error": null, "model": "gpt-4.1-mini-2025-04-14",
   "usage": {"input_tokens": 131, "output_tokens": 24}, "settings": "3f9a1c2b"}
@@ -28,7 +27,6 @@ import argparse
 import asyncio
 import contextlib
 import csv
-import errno
 import filecmp
 import gc
 import hashlib
@@ -47,14 +45,7 @@ import tempfile
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-    Sized,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
@@ -324,6 +315,15 @@ class Mirror:
         self.left, self.seen, self.at = left - (self.spent - spent), at, at
         self.margin = max(2.0, 0.998 * self.margin)
 
+    def refused(self, rate: float, until: float) -> None:
+        """Leaves more room, as somebody else spends, too; without headers keeps to that
+        rate from then on."""
+        if self.limit:
+            self.margin = min(20.0, 1.5 * self.margin)
+        elif rate:
+            self.left, self.rate, self.full = 1.0, rate, max(2.0, rate)
+            self.seen, self.margin, self.growth = until, 1.0, 1.005
+
 
 def used_up(wait: float) -> StopRun:
     """The end of a run that would have to wait for so many seconds."""
@@ -353,7 +353,10 @@ class Throttle:
         self.budget, self.paid, self.dearest = args.max_cost, 0.0, 0.0  # USD; a request
         self.until, self.why, self.waited, self.refusals = now, "rate limited", 0.0, 0
         self.streak = 0  # of episodes of refusals or troubles without an answer
-        self.marked = now, 0.0  # the last refusal; what had gone through by then
+        self.marked, self.pace = (
+            (now, 0.0),
+            0.0,
+        )  # last refusal, through by then; a second
         self.answered, self.down = "", False  # the last message that had a reply
         self.failing, self.timeouts, self.rejected = set[str](), 0, 0  # since then
         self.latencies = deque[float](maxlen=10_000)  # seconds
@@ -428,6 +431,10 @@ class Throttle:
         elif reply.error in TROUBLE:
             self.failing.add(text)
             self.timeouts += reply.error == "timeout"
+            if not self.answered and len(self.failing) >= 3 * START:
+                raise StopRun(
+                    f"nothing was answered yet: {reply.error}, {reply.message}"
+                )
             lost = self.down or len(self.failing) >= 5 or reply.status < 0
             self.down = reply.excused = bool(self.answered) and lost
             if self.down:
@@ -451,20 +458,17 @@ class Throttle:
         """A 429 is a wait, no try; what went through since the last shows the pace."""
         reply.excused = True
         self.refusals += 1
-        now, pace = time.monotonic(), self.requests
         if reply.wait > PATIENCE:
             raise used_up(reply.wait)
-        for mirror in (self.requests, self.tokens):  # somebody else spends, too
-            mirror.margin *= 1.5 if mirror.limit and mirror.margin < 20 else 1.0
-        through = pace.spent - self.refusals - self.marked[1]
-        if sent >= self.last_cut and through >= 5 and not pace.limit:
+        now, through = time.monotonic(), self.requests.spent - self.refusals
+        if sent >= self.last_cut and through - self.marked[1] >= 5:
             # The bucket was empty then and is empty now: what went through is its rate.
-            pace.rate = max(0.85 * pace.rate, through / (now - self.marked[0]))
-            pace.left, pace.full, pace.growth = 1.0, max(2.0, pace.rate), 1.01
-            pace.margin, pace.seen = 1.0, now + reply.wait
-            self.marked = now, self.marked[1] + through
-        in_use = pace.rate * sum(self.latencies) / max(1, len(self.latencies))
+            found = (through - self.marked[1]) / (now - self.marked[0])
+            self.pace, self.marked = max(0.85 * self.pace, found), (now, through)
+        in_use = self.pace * sum(self.latencies) / max(1, len(self.latencies))
         self.slow_down(sent, "rate limited", in_use, reply.wait or -1)
+        self.requests.refused(self.pace, self.brake_until)
+        self.tokens.refused(0.0, self.brake_until)
 
     def slow_down(self, sent: float, why: str, least: float, wait: float = -1) -> None:
         """Cuts the window, to `least` or more, and brakes all; once an episode: what
@@ -477,7 +481,7 @@ class Throttle:
             if (quiet := now - self.alive_at) > PATIENCE and self.streak > 2:
                 raise StopRun(f"{why}, no answer for {quiet:.0f} s: run it again later")
             if wait < 0:
-                wait = random.uniform(0.25, 0.5) * min(30.0, BACKOFF * 2**self.streak)
+                wait = random.uniform(0.1, 0.2) * min(60.0, BACKOFF * 2**self.streak)
         until = now + max(0.0, wait) * random.uniform(1, 1.1)  # other runs wait as well
         self.waited += max(0.0, until - max(now, self.brake_until))
         self.brake_until, self.why = max(self.brake_until, until), why
@@ -547,9 +551,7 @@ def read_messages(path: Path, name: str, shard: tuple[int, int]) -> Iterator[Row
                 record = json.loads(record)
             fields = record if isinstance(record, dict) else {name: record}
             if name not in fields:
-                raise ValueError(
-                    f"no {name!r} among {[*fields]}: choose one by --field"
-                )
+                raise ValueError(f"no {name!r} among {[*fields]}: see --field")
             if not isinstance(text := fields.pop(name), str):
                 raise ValueError(f"the message is no text, but {text!r:.50}")
             message = {"line": line, "text_message": text.rstrip("\r\n")}
@@ -610,6 +612,7 @@ class Results:
             try:
                 lock(self.file)
             except (BlockingIOError, PermissionError):
+                self.file.close()
                 raise StopRun(f"another run is writing {path}: let it finish") from None
             if restart and self.file.tell():
                 self.file.close()
@@ -673,7 +676,7 @@ class Results:
         self.counts["lost"] += 1
         if self.file.write(line) != len(line):
             self.file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(28, "No space left on device")
         kind = row["error"]["type"] if row["error"] else "ok"
         self.counts.update({kind: 1, "rows": 1, "lost": -1}, **row["usage"] or {})
         if row["error"] and self.counts[kind] == 1:
@@ -813,19 +816,25 @@ def hash_settings(args: argparse.Namespace) -> str:
     return digest[start.start() if start else 0 :][:8]
 
 
-async def answer(
-    queue: Iterator[Row], keep: Any, throttle: Throttle, args: Any
-) -> None:
-    """Answers all messages, by the API or by the stand-in. Raises what stopped it."""
+def allow_files(count: int) -> None:
+    """Raises the soft limit of open files to `count`; StopRun if that is too many."""
     if sys.platform != "win32":
         import resource
 
-        needed = args.concurrency * (1 + args.offline) + 50
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if needed > hard != resource.RLIM_INFINITY:
-            raise StopRun(f"--concurrency: needs {needed} files, ulimit -Hn is {hard}")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
+        if count > hard != resource.RLIM_INFINITY:
+            raise StopRun(f"--concurrency: needs {count} files, ulimit -Hn is {hard}")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
+
+
+async def answer(
+    queue: Iterator[Row], keep: Any, throttle: Throttle, args: Any, watch: Any
+) -> None:
+    """Answers all messages, by the API or by the stand-in, while the coroutine `watch`
+    looks on. Raises what stopped it."""
     async with contextlib.AsyncExitStack() as stack:
+        stack.callback(asyncio.create_task(watch).cancel)
+        allow_files(args.concurrency * (1 + args.offline) + 50)
         server = offline_server(0.4, Counter()) if args.offline else None
         url = await stack.enter_async_context(server) if server else None
         api = await stack.enter_async_context(new_client(args.concurrency, url))
@@ -865,17 +874,13 @@ async def answer_all(messages: Iterable[str], **options: Any) -> list[Row]:
     args, rows = parse_args(["-", "-"], **options), list[Row]()
     throttle = Throttle(args)
     numbered = ({"line": n, "text_message": text} for n, text in enumerate(messages, 1))
-    with tqdm(total=len(messages) if isinstance(messages, Sized) else None) as bar:
+    with tqdm(total=operator.length_hint(messages) or None) as bar:
 
         def keep(row: Row) -> None:
             rows.append(row)
             bar.update()
 
-        attending = asyncio.create_task(attend(bar, throttle))
-        try:
-            await answer(numbered, keep, throttle, args)
-        finally:
-            attending.cancel()
+        await answer(numbered, keep, throttle, args, attend(bar, throttle))
     return sorted(rows, key=operator.itemgetter("line"))
 
 
@@ -893,11 +898,10 @@ async def answer_file(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
-    attending = asyncio.create_task(attend(results.bar, throttle, results))
     try:
-        await answer(queue, results.add, throttle, args)
+        watch = attend(results.bar, throttle, results)
+        await answer(queue, results.add, throttle, args, watch)
     finally:
-        attending.cancel()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
 
@@ -945,22 +949,22 @@ def run(args: argparse.Namespace, source: Path, output: Path) -> int:
     if args.max_cost < sys.float_info.max and not (throttle.prices or args.offline):
         raise StopRun("--max-cost needs the PRICES of that MODEL in part 1")
     results = Results(output, hash_settings(args), args.restart)
-    todo = bytearray(offset < 0 for offset in results.match(keys)[0])
-    left = sum(todo[args.limit :])
-    del todo[args.limit :]
-    messages = itertools.compress(read(), todo)
-    results.bar = tqdm(total=len(todo), initial=len(todo) - sum(todo), disable=None)
-    gc.freeze()  # what is there by now will stay: no collection needs to look at it
-    try:
-        with results.bar:
-            if any(todo):
-                asyncio.run(answer_file(messages, results, throttle, args))
-    except asyncio.CancelledError:
-        raise KeyboardInterrupt from None
-    finally:
-        results.order(read(), keys)
-        results.file.close()
-        say("\n".join(summarize(results.counts, throttle, left)))
+    with results.file:
+        todo = bytearray(offset < 0 for offset in results.match(keys)[0])
+        left = sum(todo[args.limit :])
+        del todo[args.limit :]
+        messages = itertools.compress(read(), todo)
+        results.bar = tqdm(total=len(todo), initial=len(todo) - sum(todo), disable=None)
+        gc.freeze()  # what is there by now will stay: no collection needs to look at it
+        try:
+            with results.bar:
+                if any(todo):
+                    asyncio.run(answer_file(messages, results, throttle, args))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+        finally:
+            results.order(read(), keys)
+            say("\n".join(summarize(results.counts, throttle, left)))
     return 1 if results.counts["ok"] < results.counts["rows"] else 0
 
 

@@ -338,6 +338,17 @@ def test_files_are_closed(server: Server, run: Runner, directive: str) -> None:
         gc.collect()
 
 
+def test_refused_output_is_closed(run: Runner, tmp_path: Path) -> None:
+    """An OUTPUT that is no result file is refused, and closed."""
+    (tmp_path / "out.jsonl").write_text("[1]\n")
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        assert run([GOOD], "--offline").code == 2
+        gc.unfreeze()
+        gc.collect()
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"null", b"[]", b"3", b'"x"', b"{}", b"\xff", b"[" * 100_000]

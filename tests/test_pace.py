@@ -163,14 +163,19 @@ def test_one_cut_an_episode(server: Server, run: Runner) -> None:
     ("headers", "retry_after"), [(True, "ms"), (False, "ms"), (False, None)]
 )
 def test_rate_limit(
-    server: Server, run: Runner, headers: bool, retry_after: RetryAfter
+    server: Server,
+    run: Runner,
+    monkeypatch: pytest.MonkeyPatch,
+    headers: bool,
+    retry_after: RetryAfter,
 ) -> None:
     """Within a limit of requests all is answered, and little is refused."""
+    monkeypatch.setattr(async_template, "BACKOFF", 0.1)
     limit = RateLimit(100, 20, headers=headers, retry_after=retry_after)
     server.policies = [limit]
     server.latency = 0.05
-    assert all_answered(run(plain(100)))
-    assert limit.refused <= (5 if headers else 20)
+    assert all_answered(run(plain(150)))
+    assert limit.refused <= (0.05 if headers else 0.25) * server.total
 
 
 def test_token_limit(server: Server, run: Runner) -> None:
