@@ -1,7 +1,7 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["openai[aiohttp]>=3.54,<4", "pydantic>=2.8,<3", "tqdm>=4.66,<5"]
+# dependencies = ["openai[aiohttp]>=3.0,<4", "pydantic>=2.8,<3", "tqdm>=4.66,<5"]
 # ///
 """Ask an LLM one structured question about every message of a file, many at once.
 
@@ -874,7 +874,8 @@ async def answer_all(messages: Iterable[str], **options: Any) -> list[Row]:
     args, rows = parse_args(["-", "-"], **options), list[Row]()
     throttle = Throttle(args)
     numbered = ({"line": n, "text_message": text} for n, text in enumerate(messages, 1))
-    with tqdm(total=operator.length_hint(messages) or None) as bar:
+    total = operator.length_hint(messages) or None  # None where it is not known
+    with tqdm(total=total, unit="msg") as bar:
 
         def keep(row: Row) -> None:
             rows.append(row)
@@ -927,11 +928,12 @@ def summarize(counts: Counter[str], throttle: Throttle, left: int) -> Iterator[s
     if left:
         more, off = left / rows, 2 / math.sqrt(rows)
         tokens, usd = sum(counts[name] for name in TOKENS), throttle.paid * more
-        best, worst = median * left / throttle.most / 60, took * more / 60
+        fast, slow = median * left / throttle.most, took * more  # seconds
+        show = tqdm.format_interval
         yield f"to come  {left:,} rows, about {tokens * more:,.0f} tokens"
         if throttle.prices:
             yield f"         {usd * max(0, 1 - off):.2f} to {usd * (1 + off):.2f} USD"
-        yield f"         {best:.1f} to {worst:.1f} minutes"
+        yield f"         {show(fast)} to {show(slow)} min"
 
 
 def run(args: argparse.Namespace, source: Path, output: Path) -> int:
@@ -954,7 +956,8 @@ def run(args: argparse.Namespace, source: Path, output: Path) -> int:
         left = sum(todo[args.limit :])
         del todo[args.limit :]
         messages = itertools.compress(read(), todo)
-        results.bar = tqdm(total=len(todo), initial=len(todo) - sum(todo), disable=None)
+        total, done = len(todo), len(todo) - sum(todo)
+        results.bar = tqdm(total=total, initial=done, unit="msg", disable=None)
         gc.freeze()  # what is there by now will stay: no collection needs to look at it
         try:
             with results.bar:
