@@ -40,6 +40,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -135,7 +136,7 @@ def new_client(concurrency: int, offline_url: str | None = None) -> openai.Async
     url = (
         offline_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
     )
-    if not re.fullmatch(r"https?://(\[[0-9A-Fa-f:]+\]|[^][/\s]+)(/\S*)?", url):
+    if not re.fullmatch(r"https?://(\[[0-9a-f:]+\]|[\w.-]+)(:\d{1,5})?(/\S*)?", url):
         raise StopRun(f"OPENAI_BASE_URL is {url!r}, but has to be like http://host/v1")
     # aiohttp takes 40 % less CPU than the default transport. The SDK's own timeout is
     # off: it is for each read, so that a body that trickles in never meets it.
@@ -181,7 +182,9 @@ async def call(api: openai.AsyncOpenAI, request: Row, limit: float, text: str) -
         reply = Reply("connection", f"{cause.__cause__ or cause}", True, -never)
     # A server may quote the key that it was sent: no row and no line may show it.
     secret = api.api_key if len(api.api_key) > 7 else "\0"
-    reply.message = " ".join(reply.message.replace(secret, "[key]").split())[:300]
+    said = " ".join(reply.message.replace(secret, "[key]").split())[:300]
+    reply.message = said.encode(errors="replace").decode()  # no halves of characters
+    reply.model = reply.model and reply.model.encode(errors="replace").decode()
     if reply.error == "stop":
         raise StopRun(reply.message)
     return reply
@@ -199,11 +202,13 @@ def read_body(content: bytes) -> Reply:
         text = "".join(part["text"] for part in parts if part["type"] == "output_text")
         refusal = [part["refusal"] for part in parts if part["type"] == "refusal"]
         used, status = body.get("usage") or {}, body.get("status")
-        usage = {name: int(used[name]) for name in TOKENS if used} or None
+        told = all(isinstance(used.get(name), int) for name in TOKENS)
+        usage = {name: max(0, used[name]) for name in TOKENS} if told else None
         why = (body.get("incomplete_details") or {}).get("reason") or body.get("error")
-        reply = Reply(model=body.get("model"), usage=usage)
+        model = body.get("model")
+        reply = Reply(model=model if isinstance(model, str) else None, usage=usage)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        start = content[:80].decode(errors="replace")
+        start = content[:4000].decode(errors="replace")
         return Reply("bad_response", f"not from the Responses API: {start!r}", True)
     if status == "incomplete":
         reply.error = "content_filter" if why == "content_filter" else "incomplete"
@@ -230,7 +235,9 @@ def read_error(error: openai.APIStatusError, model: str) -> Reply:
     https://platform.openai.com/docs/guides/error-codes
     """
     status, names = error.status_code, {error.code, error.type}
-    where, setting = error.request.url, re.split(r"[.\[]", error.param or "")[0]
+    where = error.request.url
+    param = error.param if isinstance(error.param, str) else ""
+    setting = re.split(r"[.\[]", param)[0]
     advice = {
         401: "the key is not accepted: check OPENAI_API_KEY",
         402: "no credit left: add some",
@@ -239,7 +246,8 @@ def read_error(error: openai.APIStatusError, model: str) -> Reply:
     }.get(status, "")
     if names & {"insufficient_quota", "billing_hard_limit_reached"}:
         advice = "no credit left: check plan and billing"
-    if status in (400, 422) and setting not in ("", "input", "messages", "prompt"):
+    about_input = setting.startswith(("input", "messages", "prompt"))
+    if status in (400, 422) and setting and not about_input:
         hint = ", say to None" if setting == "temperature" else ""
         advice = f"the setting {setting!r} is not accepted: change it in part 1{hint}"
     retry = status in (408, 409, 429) or status >= 500
@@ -248,7 +256,7 @@ def read_error(error: openai.APIStatusError, model: str) -> Reply:
     said = error.body.get("message") if isinstance(error.body, dict) else None
     message = f"{advice}{advice and ': '}status {status}, {said or error.message}"
     reply = Reply(kind, message, retry, status, error.response.headers)
-    reply.doubtful = kind == "bad_request" and not setting
+    reply.doubtful = kind == "bad_request" and not about_input
     return reply
 
 
@@ -374,6 +382,8 @@ class Throttle:
             self.in_flight -= 1
             self.slots.release()
             self.landed.set()
+        if self.prices and self.budget < 1e300 and reply.response and not reply.usage:
+            self.stop(StopRun("--max-cost: this server does not say what it used"))
         if reply.usage:
             dense = sum(reply.usage.values()) / size
             self.density += 0.1 * (dense - self.density)
@@ -390,8 +400,6 @@ class Throttle:
         """Returns with a slot taken, or raises StopRun if nothing more is to start."""
         async with self.turnstile:  # one at a time, first come first served
             while True:
-                if self.paid + (self.in_flight + 1) * self.dearest > self.budget:
-                    self.stop(StopRun(f"--max-cost reached, {self.paid:.4f} USD spent"))
                 await self.slots.acquire()
                 wait = self.wait(size)
                 if not (wait or self.down or self.stopping.is_set()):
@@ -408,7 +416,13 @@ class Throttle:
 
     def wait(self, size: int) -> float:
         """Seconds until the next request may start; 0 if it may now."""
-        if self.in_flight >= int(self.window):
+        capped = self.prices and self.budget < 1e300
+        short = self.paid + (self.in_flight + 1) * self.dearest > self.budget
+        if short and not self.in_flight:
+            self.stop(StopRun(f"--max-cost reached, {self.paid:.4f} USD spent"))
+        # Before the first answer nobody knows what one costs, or whether any will do.
+        unsure = (capped and not self.dearest) or self.rejected >= 3
+        if self.in_flight >= (1 if short or unsure else int(self.window)):
             self.full_at = time.monotonic()
             return 60.0  # or until one lands
         now, tokens = time.monotonic(), self.tokens.wait(size * self.densest)
@@ -443,11 +457,11 @@ class Throttle:
                 self.slow_down(sent, "server overloaded", 0.0, reply.wait)
         elif reply.doubtful and not self.answered:
             self.rejected += 1
-            if self.rejected >= 3:
+            if self.rejected >= 3 and not self.in_flight:
                 raise StopRun(f"the first requests were all rejected: {reply.message}")
         else:
             self.alive_at, self.answered, self.down = time.monotonic(), text, False
-            self.failing, self.timeouts, self.streak = set(), 0, 0
+            self.failing, self.timeouts, self.streak, self.rejected = set(), 0, 0, 0
             self.latencies.append(self.alive_at - sent)
             self.requests.rate *= self.requests.growth
             if sent <= self.full_at:  # all of it was in use
@@ -481,7 +495,9 @@ class Throttle:
             if (quiet := now - self.alive_at) > PATIENCE and self.streak > 2:
                 raise StopRun(f"{why}, no answer for {quiet:.0f} s: run it again later")
             if wait < 0:
-                wait = random.uniform(0.1, 0.2) * min(60.0, BACKOFF * 2**self.streak)
+                wait = random.uniform(0.1, 0.2) * min(
+                    60.0, BACKOFF * 2 ** min(self.streak, 10)
+                )
         until = now + max(0.0, wait) * random.uniform(1, 1.1)  # other runs wait as well
         self.waited += max(0.0, until - max(now, self.brake_until))
         self.brake_until, self.why = max(self.brake_until, until), why
@@ -498,7 +514,7 @@ async def ask(call: Ask, throttle: Throttle, tries: int, tag: Row, row: Row) -> 
             break
         if not reply.excused:  # full jitter, without a slot, until the run stops:
             # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
-            wait = random.uniform(0, min(60.0, BACKOFF * 2**attempts))
+            wait = random.uniform(0, min(60.0, BACKOFF * 2 ** min(attempts, 10)))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(throttle.stopping.wait(), wait)
     error = {"type": reply.error, "message": reply.message, "attempts": attempts}
@@ -579,6 +595,8 @@ def read_records(path: Path) -> Iterator[tuple[int, str | dict[str, str]]]:
         rows = csv.reader(file, strict=True)
         try:
             header, line = next(rows, []), rows.line_num + 1
+            if len({*header}) < len(header):
+                raise ValueError("two columns have the same name")
             for cells in rows:
                 if cells:
                     yield line, dict(zip(header, cells, strict=True))
@@ -640,7 +658,10 @@ class Results:
                     return say(f"{where}: torn by a crash; dropped, and asked again")
                 try:
                     row = json.loads(line)
-                    made, _, _ = row["settings"], row["text_message"], row["response"]
+                    made, _ = (
+                        row["settings"],
+                        (hash(row["text_message"]), row["response"]),
+                    )
                 except (ValueError, LookupError, TypeError):
                     raise StopRun(f"{where}: no row; mend it first") from None
                 if made != self.settings:
@@ -690,7 +711,11 @@ class Results:
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
             with open(self.path, "rb") as old, open(temporary, "wb") as new:
-                for message, key, offset in zip(messages, keys, where):
+                end = itertools.repeat(
+                    {"text_message": None}
+                )  # INPUT may be shorter now
+                now = itertools.chain(messages, end)
+                for message, key, offset in zip(now, keys, where):
                     if hash(message["text_message"]) != key:
                         raise StopRun("INPUT was changed during the run: run it again")
                     if (place := errors.get(key, -1) if offset < 0 else offset) >= 0:
@@ -867,13 +892,21 @@ async def attend(bar: Any, throttle: Throttle, results: Results | None = None) -
             throttle.stop(reason)
 
 
-async def answer_all(messages: Iterable[str], **options: Any) -> list[Row]:
-    """The rows of all messages, in order; in a notebook `await answer_all(texts)`.
-
-    Options as on the command line: model, concurrency, offline ... Raises StopRun."""
-    args, rows = parse_args(["-", "-"], **options), list[Row]()
+async def answer_all(
+    messages: Iterable[str],
+    *,
+    model: str = MODEL,
+    concurrency: int = CONCURRENCY,
+    timeout: float = TIMEOUT,  # noqa: ASYNC109
+    offline: bool = False,
+) -> list[Row]:
+    """The rows of all messages that are not blank, in order; in a notebook
+    `await answer_all(texts)`. Raises StopRun."""
+    given = {"model": model, "concurrency": concurrency, "timeout": timeout}
+    args, rows = parse_args(["-", "-"], offline=offline, **given), list[Row]()
     throttle = Throttle(args)
-    numbered = ({"line": n, "text_message": text} for n, text in enumerate(messages, 1))
+    texts = ((n, t) for n, t in enumerate(messages, 1) if isinstance(t, str))
+    numbered = ({"line": n, "text_message": t} for n, t in texts if t.strip())
     total = operator.length_hint(messages) or None  # None where it is not known
     with tqdm(total=total, unit="msg") as bar:
 
@@ -892,9 +925,10 @@ async def answer_file(
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
 
     def interrupt() -> None:
-        if throttle.stopping.is_set() and task:
+        if isinstance(throttle.reason, KeyboardInterrupt) and task:
             task.cancel()
         throttle.stop(KeyboardInterrupt())
+        throttle.reason = KeyboardInterrupt()
         say(f"waiting for {throttle.in_flight} in flight; Ctrl-C again to stop now")
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -966,8 +1000,10 @@ def run(args: argparse.Namespace, source: Path, output: Path) -> int:
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
         finally:
-            results.order(read(), keys)
-            say("\n".join(summarize(results.counts, throttle, left)))
+            try:
+                results.order(read(), keys)
+            finally:
+                say("\n".join(summarize(results.counts, throttle, left)))
     return 1 if results.counts["ok"] < results.counts["rows"] else 0
 
 
@@ -991,7 +1027,8 @@ def main(argv: list[str] | None = None) -> int:
         line, status = "interrupted\n", 130
     if status:
         again = [word for word in argv or sys.argv[1:] if word != "--restart"]
-        say(f"{line}to go on: {shlex.join(['python', sys.argv[0], *again])}")
+        join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
+        say(f"{line}to go on: {join(['python', sys.argv[0], *again])}")
     return status
 
 

@@ -158,11 +158,11 @@ def test_notebook_takes_any_iterable(server: Server) -> None:
 
 def test_notebook_options(server: Server) -> None:
     """Options are those of the command line, by their names."""
-    options = {"model": "other", "concurrency": 3, "max_attempts": 2}
+    options: dict[str, Any] = {"model": "other", "concurrency": 3, "timeout": 1}
     answers = async_template.answer_all([*good(12), "x [500]"], **options)
     rows = asyncio.run(answers)
     assert rows[0]["model"] == "other-2025-04-14"
-    assert rows[-1]["error"]["attempts"] == 2
+    assert rows[-1]["error"]["attempts"] == async_template.MAX_ATTEMPTS
     assert server.peak <= 3
 
 
