@@ -358,6 +358,7 @@ class Throttle:
         self.density = self.densest = 0.3  # tokens per character: on average, at most
         known = PRICES and args.model == MODEL and not args.offline
         self.prices = PRICES if known else None  # USD for a million tokens
+        self.capped = bool(self.prices) and args.max_cost < sys.float_info.max
         self.budget, self.paid, self.dearest = args.max_cost, 0.0, 0.0  # USD; a request
         self.until, self.why, self.waited, self.refusals = now, "rate limited", 0.0, 0
         self.streak = 0  # of episodes of refusals or troubles without an answer
@@ -382,7 +383,7 @@ class Throttle:
             self.in_flight -= 1
             self.slots.release()
             self.landed.set()
-        if self.prices and self.budget < 1e300 and reply.response and not reply.usage:
+        if self.capped and reply.response and not reply.usage:
             self.stop(StopRun("--max-cost: this server does not say what it used"))
         if reply.usage:
             dense = sum(reply.usage.values()) / size
@@ -416,12 +417,11 @@ class Throttle:
 
     def wait(self, size: int) -> float:
         """Seconds until the next request may start; 0 if it may now."""
-        capped = self.prices and self.budget < 1e300
         short = self.paid + (self.in_flight + 1) * self.dearest > self.budget
         if short and not self.in_flight:
             self.stop(StopRun(f"--max-cost reached, {self.paid:.4f} USD spent"))
         # Before the first answer nobody knows what one costs, or whether any will do.
-        unsure = (capped and not self.dearest) or self.rejected >= 3
+        unsure = (self.capped and not self.dearest) or self.rejected >= 3
         if self.in_flight >= (1 if short or unsure else int(self.window)):
             self.full_at = time.monotonic()
             return 60.0  # or until one lands
