@@ -43,16 +43,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
+from pydantic_core import from_json
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:  # imported where used: it takes 0.6 s, and --help needs none of it
@@ -90,8 +92,9 @@ MAX_ATTEMPTS = 5  # tries for one message; waiting for a rate limit is not a try
 
 # --- 2. One message, one call ---------------------------------------------------------
 Row = dict[str, Any]  # a message {"line", "text_message"}; with its answer, of OUTPUT
-Ask = Callable[[str], Awaitable["Reply"]]  # from a message to what came of asking it
 TOKENS = ("input_tokens", "output_tokens")
+TROUBLE = ("timeout", "connection", "server_error", "bad_response")  # is it down?
+RETRIED = (*TROUBLE, "rate_limit", "invalid_answer")  # the same may succeed later
 
 
 class StopRun(Exception):
@@ -104,38 +107,29 @@ class Reply:
 
     error: str = ""
     message: str = ""
-    retry: bool = False  # may the same request succeed later?
-    status: int = 200  # of HTTP; 0 where no reply came, -1 where no connection was made
+    status: int = 200  # of HTTP; 0 where no reply came
     headers: Any = field(default_factory=dict)
-    response: Row | None = None
-    model: str | None = None
-    usage: dict[str, int] | None = None  # by the names in TOKENS
     wait: float = 0.0  # seconds that the server asks for
     doubtful: bool = False  # a rejection that may be due to the settings
-    excused: bool = False  # does not count as a try
+    model: str | None = None
+    usage: dict[str, int] | None = None  # by the names in TOKENS
+    response: Row | None = None
 
 
-def to_json(value: Any) -> bytes:
-    """Strict JSON in UTF-8; ValueError for NaN, infinity and halves of characters."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+def to_line(value: Any) -> bytes:
+    """A line of strict JSON in UTF-8; ValueError for NaN and infinity."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def find_key() -> str:
-    """The key in the environment. Raises StopRun where there is none to use."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not re.fullmatch("[!-~]+", key):
-        raise StopRun("no key: set OPENAI_API_KEY, or try without one by --offline")
-    return key
-
-
-def new_client(concurrency: int, offline_url: str | None = None) -> openai.AsyncOpenAI:
+def new_client(concurrency: int, offline_url: str | None) -> openai.AsyncOpenAI:
     """A client for the key and endpoint of the environment, or for the stand-in."""
     import openai
 
-    key = "offline" if offline_url else find_key()
-    url = (
-        offline_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-    )
+    key = "offline" if offline_url else os.environ.get("OPENAI_API_KEY", "").strip()
+    url = offline_url or os.environ.get("OPENAI_BASE_URL")
+    url = url or "https://api.openai.com/v1"
+    if not re.fullmatch("[!-~]+", key):
+        raise StopRun("no key: set OPENAI_API_KEY, or try without one by --offline")
     if not re.fullmatch(r"https?://(\[[0-9a-f:]+\]|[\w.-]+)(:\d{1,5})?(/\S*)?", url):
         raise StopRun(f"OPENAI_BASE_URL is {url!r}, but has to be like http://host/v1")
     # aiohttp takes 40 % less CPU than the default transport. The SDK's own timeout is
@@ -157,34 +151,32 @@ def build_request(model: str) -> Row:
     return {name: value for name, value in request.items() if value is not None}
 
 
-async def call(api: openai.AsyncOpenAI, request: Row, limit: float, text: str) -> Reply:
-    """One attempt, of `limit` seconds. Raises StopRun where no message can succeed."""
+async def call(api: openai.AsyncOpenAI, args: argparse.Namespace, text: str) -> Reply:
+    """One attempt. Raises StopRun where no message can succeed."""
     import aiohttp
     import openai
 
+    # extra_body goes out as it is: to walk over typed parameters would cost the SDK
+    # 0.5 ms a row, and to parse the reply into its own Response another 0.6.
+    body = args.request | {"input": PROMPT.replace("{text_message}", text)}
     try:
-        # extra_body goes out as it is: to walk over typed parameters would cost the SDK
-        # 0.5 ms a row, and to parse the reply into its own Response another 0.6.
-        body = request | {"input": PROMPT.replace("{text_message}", text)}
         sending = api.responses.with_raw_response.parse(extra_body=body)
-        raw = await asyncio.wait_for(sending, limit)
+        raw = await asyncio.wait_for(sending, args.timeout)
         reply = read_body(raw.content)
         reply.headers = raw.headers
     except TimeoutError:
-        reply = Reply("timeout", f"no answer within {limit:g} s", True, 0)
+        reply = Reply("timeout", f"no answer within {args.timeout:g} s", 0)
     except openai.APIStatusError as error:
-        reply = read_error(error, request["model"])
-        wait = api._parse_retry_after_header(reply.headers) or 0.0
-        reply.wait = max(0.0, min(wait, 1e6))  # neither nan nor inf
+        reply = read_error(error, args.model)
+        asked = api._parse_retry_after_header(reply.headers) or 0.0
+        reply.wait = max(0.0, min(asked, 1e6))  # neither nan nor inf
     except (openai.APIConnectionError, aiohttp.ClientError) as error:
         cause = error.__cause__ or error
-        never = isinstance(cause.__cause__, aiohttp.ClientConnectorError)
-        reply = Reply("connection", f"{cause.__cause__ or cause}", True, -never)
+        reply = Reply("connection", str(cause.__cause__ or cause), 0)
     # A server may quote the key that it was sent: no row and no line may show it.
     secret = api.api_key if len(api.api_key) > 7 else "\0"
     said = " ".join(reply.message.replace(secret, "[key]").split())[:300]
     reply.message = said.encode(errors="replace").decode()  # no halves of characters
-    reply.model = reply.model and reply.model.encode(errors="replace").decode()
     if reply.error == "stop":
         raise StopRun(reply.message)
     return reply
@@ -196,36 +188,34 @@ def read_body(content: bytes) -> Reply:
     https://platform.openai.com/docs/api-reference/responses/object
     """
     try:
-        body = json.loads(content)
+        body = from_json(content, allow_inf_nan=False)
         items = [i for i in body["output"] or () if i.get("phase") != "commentary"]
         parts = [part for item in items for part in item.get("content") or ()]
         text = "".join(part["text"] for part in parts if part["type"] == "output_text")
         refusal = [part["refusal"] for part in parts if part["type"] == "refusal"]
-        used, status = body.get("usage") or {}, body.get("status")
-        told = all(isinstance(used.get(name), int) for name in TOKENS)
-        usage = {name: max(0, used[name]) for name in TOKENS} if told else None
         why = (body.get("incomplete_details") or {}).get("reason") or body.get("error")
-        model = body.get("model")
-        reply = Reply(model=model if isinstance(model, str) else None, usage=usage)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        used: Row = {name: (body.get("usage") or {}).get(name) for name in TOKENS}
+    except (ValueError, LookupError, TypeError, AttributeError):
         start = content[:4000].decode(errors="replace")
-        return Reply("bad_response", f"not from the Responses API: {start!r}", True)
+        return Reply("bad_response", f"not from the Responses API: {start!r}")
+    model, status = body.get("model"), body.get("status")
+    reply = Reply(model=model if isinstance(model, str) else None)
+    if all(isinstance(number, int) for number in used.values()):
+        reply.usage = {name: max(0, number) for name, number in used.items()}
     if status == "incomplete":
         reply.error = "content_filter" if why == "content_filter" else "incomplete"
         reply.message = f"the answer was cut short: {why}"
     elif status in ("failed", "cancelled"):
         reply.error, reply.message = "server_error", f"{status}: {why}"
-        reply.retry = True
     elif refusal:
         reply.error, reply.message = "refusal", " ".join(map(str, refusal))
     else:
         try:
-            reply.response = SCHEMA.model_validate_json(text).model_dump(mode="json")
-            to_json(reply.response)
+            answer = SCHEMA.model_validate_json(text).model_dump(mode="json")
+            reply.response = answer if to_line(answer) else None  # no NaN
         except ValueError as error:
-            problem, _, _ = str(error).partition("For further information")
-            reply.error, reply.message, reply.retry = "invalid_answer", problem, True
-            reply.response = None
+            reply.error = "invalid_answer"
+            reply.message, _, _ = str(error).partition("For further information")
     return reply
 
 
@@ -234,10 +224,14 @@ def read_error(error: openai.APIStatusError, model: str) -> Reply:
 
     https://platform.openai.com/docs/guides/error-codes
     """
-    status, names = error.status_code, {error.code, error.type}
-    where = error.request.url
+    status, names, where = (
+        error.status_code,
+        {error.code, error.type},
+        error.request.url,
+    )
     param = error.param if isinstance(error.param, str) else ""
     setting = re.split(r"[.\[]", param)[0]
+    about_input = setting.startswith(("input", "messages", "prompt"))
     advice = {
         401: "the key is not accepted: check OPENAI_API_KEY",
         402: "no credit left: add some",
@@ -246,16 +240,15 @@ def read_error(error: openai.APIStatusError, model: str) -> Reply:
     }.get(status, "")
     if names & {"insufficient_quota", "billing_hard_limit_reached"}:
         advice = "no credit left: check plan and billing"
-    about_input = setting.startswith(("input", "messages", "prompt"))
-    if status in (400, 422) and setting and not about_input:
+    elif status in (400, 422) and setting and not about_input:
         hint = ", say to None" if setting == "temperature" else ""
         advice = f"the setting {setting!r} is not accepted: change it in part 1{hint}"
-    retry = status in (408, 409, 429) or status >= 500
-    kind = "rate_limit" if status == 429 else "server_error" if retry else "bad_request"
-    kind = "content_filter" if "content_filter" in names else "stop" if advice else kind
+    kind = "server_error" if status in (408, 409) or status >= 500 else "bad_request"
+    kind = "stop" if advice else "rate_limit" if status == 429 else kind
+    kind = "content_filter" if "content_filter" in names else kind
     said = error.body.get("message") if isinstance(error.body, dict) else None
     message = f"{advice}{advice and ': '}status {status}, {said or error.message}"
-    reply = Reply(kind, message, retry, status, error.response.headers)
+    reply = Reply(kind, message, status, error.response.headers)
     reply.doubtful = kind == "bad_request" and not about_input
     return reply
 
@@ -264,7 +257,6 @@ def read_error(error: openai.APIStatusError, model: str) -> Reply:
 START = 8  # requests in flight at first: the most that a wrong key can cost
 BACKOFF = 0.5  # seconds: a message's n-th retry waits a random part of BACKOFF * 2**n
 PATIENCE = 600.0  # seconds of nothing but refusals, or of an outage, that end the run
-TROUBLE = ("timeout", "connection", "server_error", "bad_response")  # is it down?
 
 
 @dataclass
@@ -280,17 +272,14 @@ class Mirror:
     at: float = 0.0  # when the request was sent whose reply told the latest news
     spent: float = 0.0  # by this run
     limit: float = 0.0  # as the headers name it; 0 where there were none
-    growth: float = 1.0  # of a guessed rate by each answer, to find out if it holds
-    margin: float = 2.0  # how many requests to have room for before starting one
 
     def wait(self, cost: float) -> float:
-        """Seconds until there is room for a request of that cost; 0 if there is now."""
+        """Seconds until there is room for two requests of that cost; 0 if there is."""
         now = time.monotonic()
         if now > self.seen:
             self.left = min(self.full, self.left + self.rate * (now - self.seen))
             self.seen = now
-        need = max(cost, min(self.margin * cost, self.full / 2))
-        short = min(need, self.full) - self.left
+        short = min(max(cost, min(2 * cost, self.full / 2)), self.full) - self.left
         return max(0.0, short / self.rate) if self.rate else 0.1 * (short > 0)
 
     def spend(self, cost: float) -> float:
@@ -319,24 +308,8 @@ class Mirror:
         most = self.full if limit == self.limit else 0.0
         whole = back * limit / (limit - left) if left < limit else 0.0
         self.full = limit if whole >= 30 else max(most, left + cost)
-        self.rate, self.limit, self.growth = (self.full - left) / back, limit, 1.0
+        self.rate, self.limit = (self.full - left) / back, limit
         self.left, self.seen, self.at = left - (self.spent - spent), at, at
-        self.margin = max(2.0, 0.998 * self.margin)
-
-    def refused(self, rate: float, until: float) -> None:
-        """Leaves more room, as somebody else spends, too; without headers keeps to that
-        rate from then on."""
-        if self.limit:
-            self.margin = min(20.0, 1.5 * self.margin)
-        elif rate:
-            self.left, self.rate, self.full = 1.0, rate, max(2.0, rate)
-            self.seen, self.margin, self.growth = until, 1.0, 1.005
-
-
-def used_up(wait: float) -> StopRun:
-    """The end of a run that would have to wait for so many seconds."""
-    then = time.asctime(time.localtime(time.time() + wait))
-    return StopRun(f"the limit is used up until {then}: run the same command then")
 
 
 class Throttle:
@@ -346,91 +319,130 @@ class Throttle:
     The window of slots grows while the server keeps up, and is cut when not (AIMD).
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        concurrency = args.concurrency
-        self.started = now = time.monotonic()
-        self.alive_at = self.last_cut = self.full_at = self.brake_until = now
-        self.most, self.slots = concurrency, asyncio.Semaphore(concurrency)
-        self.in_flight, self.window, self.fast = 0, float(min(START, concurrency)), True
+    def __init__(self, args: argparse.Namespace, api: openai.AsyncOpenAI) -> None:
+        self.args, self.api, self.slots = args, api, asyncio.Semaphore(args.concurrency)
         self.turnstile, self.landed = asyncio.Lock(), asyncio.Event()
         self.stopping, self.reason = asyncio.Event(), BaseException()
-        self.requests, self.tokens = Mirror("requests"), Mirror("tokens")
-        self.density = self.densest = 0.3  # tokens per character: on average, at most
-        known = PRICES and args.model == MODEL and not args.offline
-        self.prices = PRICES if known else None  # USD for a million tokens
-        self.capped = bool(self.prices) and args.max_cost < sys.float_info.max
-        self.budget, self.paid, self.dearest = args.max_cost, 0.0, 0.0  # USD; a request
-        self.until, self.why, self.waited, self.refusals = now, "rate limited", 0.0, 0
-        self.streak = 0  # of episodes of refusals or troubles without an answer
-        self.marked, self.pace = (
-            (now, 0.0),
-            0.0,
-        )  # last refusal, through by then; a second
-        self.answered, self.down = "", False  # the last message that had a reply
-        self.failing, self.timeouts, self.rejected = set[str](), 0, 0  # since then
-        self.latencies = deque[float](maxlen=10_000)  # seconds
+        self.started = self.alive_at = self.last_cut = now = time.monotonic()
+        self.full_at = self.brake_until = self.until = now
+        # Before the first answer nobody knows what one costs.
+        self.window = 1.0 if args.capped else float(min(START, args.concurrency))
+        self.in_flight, self.fast, self.why, self.waited = 0, True, "", 0.0
+        self.mirrors = self.requests, self.tokens = Mirror("requests"), Mirror("tokens")
+        self.density = 0.3  # tokens per character, on average
+        self.paid = self.booked = self.dearest = 0.0  # USD; in flight; per character
+        self.pace, self.marked = 0.0, (now, 0.0)  # a second; when, how many by then
+        self.answered, self.failures, self.refusals = "", 0, 0  # a message; in a row
+        self.held = list[Row]()  # not written yet
+        self.counts, self.latencies = Counter[str](), deque[float](maxlen=10_000)
 
-    async def send(self, call: Ask, text: str) -> Reply:
+    @property
+    def down(self) -> bool:
+        """Whether the server that answered does so no more."""
+        return bool(self.answered) and self.failures >= 5
+
+    async def send(self, text: str) -> Reply:
         """What came of one request, sent when its turn has come. May raise StopRun."""
-        size = len(text) + 1000  # characters: 1000 for instructions, prompt and schema
-        await self.turn(call, size)
-        sent = time.monotonic()
-        self.in_flight += 1
-        spent = self.requests.spend(1.0), self.tokens.spend(size * self.density)
-        try:
-            reply = await call(text)
-        finally:
-            self.in_flight -= 1
-            self.slots.release()
-            self.landed.set()
-        if self.capped and reply.response and not reply.usage:
-            self.stop(StopRun("--max-cost: this server does not say what it used"))
-        if reply.usage:
-            dense = sum(reply.usage.values()) / size
-            self.density += 0.1 * (dense - self.density)
-            self.densest = max(self.densest, dense)
-            prices = self.prices or (0, 0)
-            usd = sum(map(operator.mul, prices, reply.usage.values())) / 1e6
-            self.paid, self.dearest = self.paid + usd, max(self.dearest, usd)
-        self.requests.read(reply.headers, sent, spent[0], 1.0)
-        self.tokens.read(reply.headers, sent, spent[1], size * self.density)
-        self.learn(reply, sent, text)
-        return reply
-
-    async def turn(self, call: Ask, size: int) -> None:
-        """Returns with a slot taken, or raises StopRun if nothing more is to start."""
         async with self.turnstile:  # one at a time, first come first served
-            while True:
-                await self.slots.acquire()
-                wait = self.wait(size)
-                if not (wait or self.down or self.stopping.is_set()):
-                    return
-                self.slots.release()  # who waits holds no slot
-                if self.stopping.is_set():
-                    raise StopRun
-                if not wait:  # Down, or are messages to blame? Ask one answered before.
-                    sent = time.monotonic()
-                    self.learn(await call(self.answered), sent, self.answered)
+            while not self.stopping.is_set():
                 self.landed.clear()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self.landed.wait(), wait)
+                if wait := self.wait(text):
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self.landed.wait(), wait)
+                elif self.down:  # or to blame are messages: ask one answered before
+                    await self.attempt(self.answered)
+                else:
+                    break
+            else:
+                raise StopRun
+        return await self.attempt(text)
 
-    def wait(self, size: int) -> float:
+    def wait(self, text: str) -> float:
         """Seconds until the next request may start; 0 if it may now."""
-        short = self.paid + (self.in_flight + 1) * self.dearest > self.budget
+        now, size = time.monotonic(), len(text) + 1000
+        short = self.paid + self.booked + self.dearest * size > self.args.max_cost
         if short and not self.in_flight:
             self.stop(StopRun(f"--max-cost reached, {self.paid:.4f} USD spent"))
-        # Before the first answer nobody knows what one costs, or whether any will do.
-        unsure = (self.capped and not self.dearest) or self.rejected >= 3
-        if self.in_flight >= (1 if short or unsure else int(self.window)):
-            self.full_at = time.monotonic()
+        if short or self.in_flight >= max(1, int(self.window) - len(self.held)):
+            self.full_at = now
             return 60.0  # or until one lands
-        now, tokens = time.monotonic(), self.tokens.wait(size * self.densest)
-        wait = max(0.0, self.brake_until - now, self.requests.wait(1.0), tokens)
+        waits = self.requests.wait(1.0), self.tokens.wait(size * self.density)
+        wait = max(0.0, self.brake_until - now, *waits)
         if wait > PATIENCE and not self.in_flight:
-            self.stop(used_up(wait))
+            then = time.asctime(time.localtime(time.time() + wait))
+            self.stop(StopRun(f"the limit is used up until {then}: run it again then"))
         self.until = now + wait
         return wait
+
+    async def attempt(self, text: str) -> Reply:
+        """Sends a request now, and learns from the reply. May raise StopRun."""
+        size, sent = len(text) + 1000, time.monotonic()  # instructions, schema: 1000
+        costs, usd = (1.0, size * self.density), size * self.dearest
+        spent = [mirror.spend(cost) for mirror, cost in zip(self.mirrors, costs)]
+        self.in_flight, self.booked = self.in_flight + 1, self.booked + usd
+        try:
+            async with self.slots:
+                reply = await call(self.api, self.args, text)
+        finally:
+            self.in_flight, self.booked = self.in_flight - 1, self.booked - usd
+            self.landed.set()
+        if reply.usage:
+            self.density += 0.1 * (sum(reply.usage.values()) / size - self.density)
+            paid = sum(map(operator.mul, self.args.prices, reply.usage.values())) / 1e6
+            self.paid, self.dearest = self.paid + paid, max(self.dearest, paid / size)
+        elif self.args.capped and reply.response:
+            self.stop(StopRun("--max-cost: this server does not say what it used"))
+        for mirror, cost, by_then in zip(self.mirrors, costs, spent):
+            mirror.read(reply.headers, sent, by_then, cost)
+        if reply.error in (*TROUBLE, "rate_limit"):
+            self.slow_down(reply, sent)
+        elif self.answered or not reply.doubtful:
+            self.alive_at, self.answered, self.failures = time.monotonic(), text, 0
+            self.latencies.append(self.alive_at - sent)
+            if not self.requests.limit:  # a guessed rate: find out if there is more
+                self.requests.rate *= 1.005
+            if sent <= self.full_at:  # all of it was in use
+                more = 2.0 if self.fast else 1 / self.window
+                self.window = min(self.args.concurrency, self.window + more)
+        return reply
+
+    def slow_down(self, reply: Reply, sent: float) -> None:
+        """Cuts the window, and brakes all; once an episode: what was sent before the
+        last cut is no news."""
+        now, wait, least = time.monotonic(), reply.wait, 0.0
+        quiet, news = now - self.alive_at, sent >= self.last_cut
+        pause = random.uniform(0.1, 0.2) * min(60.0, max(2 * BACKOFF, quiet)) * news
+        if reply.status == 429:
+            self.refusals += 1
+            why, wait = "rate limited", wait or pause
+            through = self.requests.spent - self.refusals
+            if news and through - self.marked[1] >= 5:
+                # The bucket was empty then and is now: what went through is its rate.
+                found = (through - self.marked[1]) / (now - self.marked[0])
+                self.pace, self.marked = max(0.85 * self.pace, found), (now, through)
+            least = self.pace * sum(self.latencies) / max(1, len(self.latencies))
+        else:
+            self.failures += 1
+            overloaded = reply.status in (503, 529)
+            if self.down:
+                why, wait, least = f"server down ({reply.error})", pause, START
+            elif overloaded or (reply.error == "timeout" and self.failures >= 3):
+                why = "server overloaded"
+            else:
+                return
+        if news:
+            cut = self.window * (0.0 if self.down else 0.5 if self.fast else 0.9)
+            self.window = min(self.args.concurrency, max(1.0, cut, least))
+            self.last_cut, self.fast = now, self.down
+            if quiet > PATIENCE + self.args.timeout:
+                said = f"{why}, no answer for {quiet:.0f} s: run it again later"
+                self.stop(StopRun(said))
+        until = now + wait * random.uniform(1, 1.1)  # other runs wait as well
+        self.waited += max(0.0, until - max(now, self.brake_until))
+        self.brake_until, self.why = max(self.brake_until, until), why
+        if reply.status == 429 and self.pace and not self.requests.limit:
+            self.requests.left, self.requests.full = 1.0, max(2.0, self.pace)
+            self.requests.rate, self.requests.seen = self.pace, self.brake_until
 
     def stop(self, reason: BaseException) -> None:
         """Lets nothing more start: what waits gives up, what is in flight may land."""
@@ -438,116 +450,64 @@ class Throttle:
         self.stopping.set()
         self.landed.set()
 
-    def learn(self, reply: Reply, sent: float, text: str) -> None:
-        """Sets the pace by a reply. Raises StopRun if there is no point in going on."""
-        if reply.status == 429:
-            self.refused(reply, sent)
-        elif reply.error in TROUBLE:
-            self.failing.add(text)
-            self.timeouts += reply.error == "timeout"
-            if not self.answered and len(self.failing) >= 3 * START:
-                raise StopRun(
-                    f"nothing was answered yet: {reply.error}, {reply.message}"
-                )
-            lost = self.down or len(self.failing) >= 5 or reply.status < 0
-            self.down = reply.excused = bool(self.answered) and lost
-            if self.down:
-                self.slow_down(sent, f"server down ({reply.error})", START)
-            elif reply.status in (503, 529) or self.timeouts >= 3:
-                self.slow_down(sent, "server overloaded", 0.0, reply.wait)
-        elif reply.doubtful and not self.answered:
-            self.rejected += 1
-            if self.rejected >= 3 and not self.in_flight:
-                raise StopRun(f"the first requests were all rejected: {reply.message}")
-        else:
-            self.alive_at, self.answered, self.down = time.monotonic(), text, False
-            self.failing, self.timeouts, self.streak, self.rejected = set(), 0, 0, 0
-            self.latencies.append(self.alive_at - sent)
-            self.requests.rate *= self.requests.growth
-            if sent <= self.full_at:  # all of it was in use
-                more = 2.0 if self.fast else 1 / self.window
-                self.window = min(self.most, self.window + more)
 
-    def refused(self, reply: Reply, sent: float) -> None:
-        """A 429 is a wait, no try; what went through since the last shows the pace."""
-        reply.excused = True
-        self.refusals += 1
-        if reply.wait > PATIENCE:
-            raise used_up(reply.wait)
-        now, through = time.monotonic(), self.requests.spent - self.refusals
-        if sent >= self.last_cut and through - self.marked[1] >= 5:
-            # The bucket was empty then and is empty now: what went through is its rate.
-            found = (through - self.marked[1]) / (now - self.marked[0])
-            self.pace, self.marked = max(0.85 * self.pace, found), (now, through)
-        in_use = self.pace * sum(self.latencies) / max(1, len(self.latencies))
-        self.slow_down(sent, "rate limited", in_use, reply.wait or -1)
-        self.requests.refused(self.pace, self.brake_until)
-        self.tokens.refused(0.0, self.brake_until)
-
-    def slow_down(self, sent: float, why: str, least: float, wait: float = -1) -> None:
-        """Cuts the window, to `least` or more, and brakes all; once an episode: what
-        was sent before the last cut is no news. May raise StopRun."""
-        now = time.monotonic()
-        if sent >= self.last_cut:
-            cut = 0.0 if self.down else self.window * (0.5 if self.fast else 0.9)
-            self.window, self.last_cut, self.fast = max(1.0, cut, least), now, self.down
-            self.streak += 1
-            if (quiet := now - self.alive_at) > PATIENCE and self.streak > 2:
-                raise StopRun(f"{why}, no answer for {quiet:.0f} s: run it again later")
-            if wait < 0:
-                wait = random.uniform(0.1, 0.2) * min(
-                    60.0, BACKOFF * 2 ** min(self.streak, 10)
-                )
-        until = now + max(0.0, wait) * random.uniform(1, 1.1)  # other runs wait as well
-        self.waited += max(0.0, until - max(now, self.brake_until))
-        self.brake_until, self.why = max(self.brake_until, until), why
-
-
-async def ask(call: Ask, throttle: Throttle, tries: int, tag: Row, row: Row) -> Row:
-    """The row of a message: its answer, or the error of the last of so many tries."""
-    attempts, usage = 0, Counter[str]()
+async def ask(throttle: Throttle, row: Row) -> Row:
+    """The row of a message: its answer, or the error of its last try."""
+    attempts, usage, args = 0, Counter[str](), throttle.args
     while True:
-        reply = await throttle.send(call, row["text_message"])
+        reply = await throttle.send(row["text_message"])
         usage.update(reply.usage or {})
-        attempts += not reply.excused
-        if not reply.retry or attempts >= tries:
+        excused = reply.error == "rate_limit" or throttle.down
+        attempts += not excused
+        if reply.error not in RETRIED or attempts >= args.max_attempts:
             break
-        if not reply.excused:  # full jitter, without a slot, until the run stops:
+        if not excused:  # full jitter, without a slot, until the run stops:
             # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
             wait = random.uniform(0, min(60.0, BACKOFF * 2 ** min(attempts, 10)))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(throttle.stopping.wait(), wait)
     error = {"type": reply.error, "message": reply.message, "attempts": attempts}
     row |= {"response": reply.response, "error": error if reply.error else None}
-    return row | {"model": reply.model, "usage": dict(usage) or None} | tag
+    row |= {"model": reply.model, "usage": dict(usage) or None}
+    return row | {"settings": args.settings}
 
 
 async def answer_each(
-    queue: Iterator[Row], ask: Any, keep: Any, throttle: Throttle
+    queue: Iterator[Row], throttle: Throttle, keep: Callable[[Row], None], bar: Any
 ) -> None:
     """Answers all messages; `keep` gets each row. Raises what stopped it."""
     # Workers on one iterator, not a task for each message: 100,000 messages would be
     # 171 MiB of tasks. Sharing it is safe: a worker gives way only where it awaits.
-    held: list[Row] = []
+    held, counts = throttle.held, throttle.counts
+
+    def settle() -> None:
+        while held:
+            keep(held[-1])  # where that fails it stays among the held
+            error = held[-1]["error"] or {"type": "ok"}
+            counts.update({"rows": 1, error["type"]: 1}, **held[-1]["usage"] or {})
+            if "message" in error and counts[error["type"]] == 1:
+                say(f"line {held[-1]['line']}: {error['type']}, {error['message']}")
+            held.pop()
+            bar.update()
 
     async def work() -> None:
         try:
             for message in queue:
-                held.append(await ask(message))
-                while held and throttle.answered:  # else a setting may be to blame
-                    keep(held.pop())
-                if len(held) >= 5:
-                    raise StopRun(f"no answer yet, but {held[-1]['error']['message']}")
+                held.append(await ask(throttle, message))
+                if throttle.answered:
+                    settle()
+                elif len(held) >= 5 and not throttle.in_flight:
+                    why = held[-1]["error"]["message"]
+                    raise StopRun(f"the first messages all failed: {why}")
         except (StopRun, OSError) as reason:  # OSError: of the file that `keep` writes
             throttle.stop(reason)
 
-    async with asyncio.TaskGroup() as workers:
-        for _ in range(throttle.most + 100):  # more than slots: some rows only wait
+    async with throttle.api, asyncio.TaskGroup() as workers:
+        for _ in range(throttle.args.concurrency + 100):  # some rows only wait
             workers.create_task(work())
     if throttle.stopping.is_set():
         raise throttle.reason
-    for row in held:
-        keep(row)
+    settle()
 
 
 # --- 4. Files -------------------------------------------------------------------------
@@ -560,50 +520,51 @@ def read_messages(path: Path, name: str, shard: tuple[int, int]) -> Iterator[Row
     """The messages of INPUT one by one; for the shard (k, n) every n-th from the k-th.
 
     Blank ones are left out. Raises StopRun at the first record that is no message."""
-    count = 0
-    for line, record in read_records(path):
-        try:
-            if isinstance(record, str) and path.suffix.lower() == ".jsonl":
-                record = json.loads(record)
+    kind, read, count = path.suffix.lower(), 0, 0
+
+    def read_lines() -> Iterator[str]:
+        nonlocal read
+        with open(path, "rb") as file:
+            for read, line in enumerate(file, 1):
+                yield line.decode("utf-8-sig" if read == 1 else "utf-8")
+
+    records: Iterator[Any] = read_lines()
+    records = read_table(records) if kind == ".csv" else records
+    try:
+        while True:
+            line = read + 1  # where the record begins
+            if (record := next(records, None)) is None:
+                return
+            if kind == ".jsonl" and record.strip():
+                record = from_json(record, allow_inf_nan=False)
             fields = record if isinstance(record, dict) else {name: record}
             if name not in fields:
                 raise ValueError(f"no {name!r} among {[*fields]}: see --field")
             if not isinstance(text := fields.pop(name), str):
                 raise ValueError(f"the message is no text, but {text!r:.50}")
-            message = {"line": line, "text_message": text.rstrip("\r\n")}
-            message |= {"fields": fields} if fields is record else {}
-            to_json(message)
-        except UnicodeEncodeError:
-            raise StopRun(f"{path}, line {line}: not UTF-8, save it as UTF-8") from None
-        except (ValueError, RecursionError) as error:
-            raise StopRun(f"{path}, line {line}: {error}") from None
-        count += bool(text.strip())
-        if text.strip() and count % shard[1] == shard[0] % shard[1]:
-            yield message
+            count += bool(text.strip())
+            if text.strip() and count % shard[1] == shard[0] % shard[1]:
+                message = {"line": line, "text_message": text.rstrip("\r\n")}
+                message |= {"fields": fields} if fields is record else {}
+                yield message if to_line(message) else {}
+    except UnicodeDecodeError:
+        raise StopRun(f"{path}, line {line}: not UTF-8, save it as UTF-8") from None
+    except (ValueError, csv.Error) as error:
+        raise StopRun(f"{path}, line {line}: {error}") from None
 
 
-def read_records(path: Path) -> Iterator[tuple[int, str | dict[str, str]]]:
-    """The records of INPUT that are not blank, and the line where each begins."""
-    table = path.suffix.lower() == ".csv"
-    # A wrong byte becomes a surrogate: to_json then fails in the line it is in.
-    wrong, end = "surrogateescape", "" if table else "\n"
-    with open(path, encoding="utf-8-sig", errors=wrong, newline=end) as file:
-        if not table:
-            yield from ((n, line) for n, line in enumerate(file, 1) if line.strip())
-            return
-        csv.field_size_limit(2**31 - 1)
-        rows = csv.reader(file, strict=True)
-        try:
-            header, line = next(rows, []), rows.line_num + 1
-            if len({*header}) < len(header):
-                raise ValueError("two columns have the same name")
-            for cells in rows:
-                if cells:
-                    yield line, dict(zip(header, cells, strict=True))
-                line = rows.line_num + 1
-        except (csv.Error, ValueError) as error:
-            why = str(error).replace("zip() argument 2", "the record")
-            raise StopRun(f"{path}, line {line}: {why}") from None
+def read_table(lines: Iterator[str]) -> Iterator[Any]:
+    """The records of a CSV file; a blank text for its header and for blank lines."""
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader(lines, strict=True)
+    header = next(rows, [])
+    if len({*header}) < len(header):
+        raise ValueError("two columns have the same name")
+    yield ""
+    for cells in rows:
+        if cells and len(cells) != len(header):
+            raise ValueError(f"{len(cells)} cells in {len(header)} columns")
+        yield dict(zip(header, cells)) if cells else ""
 
 
 def lock(file: IO[bytes]) -> None:
@@ -623,8 +584,7 @@ class Results:
     """OUTPUT: locked against other runs; rows are appended, in the end put in order."""
 
     def __init__(self, path: Path, settings: str, restart: bool) -> None:
-        self.path, self.settings, self.counts = path.resolve(), settings, Counter[str]()
-        self.bar: Any = None
+        self.path, self.settings, self.gone = path.resolve(), settings, list[int]()
         while True:
             self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
             try:
@@ -645,10 +605,23 @@ class Results:
         mine = os.fstat(self.file.fileno())
         return self.path.exists() and os.path.samestat(mine, self.path.stat())
 
-    def scan(self) -> Iterator[tuple[int, Row]]:
-        """Offset and content of each row; a torn last one is cut off.
+    def add(self, row: Row) -> None:
+        """Appends a row in one write. Raises OSError, with the file still whole, if the
+        disk is full."""
+        line, end = to_line(row), self.file.seek(0, os.SEEK_END)
+        if self.file.write(line) != len(line):
+            self.file.truncate(end)
+            raise OSError(28, "No space left on device")
 
-        Raises StopRun at a line that is no row, or was made with other settings."""
+    def sync(self) -> None:
+        """Makes the rows survive a power failure. Raises StopRun if OUTPUT is gone."""
+        os.fsync(self.file.fileno())
+        if not self.is_there():
+            raise StopRun(f"{self.path} was moved or deleted during the run")
+
+    def scan(self) -> Iterator[tuple[int, int, bool]]:
+        """Of each row offset, hash of the message, whether it is an answer. A torn last
+        one is cut off; StopRun at one that is no row, or made with other settings."""
         offset, start = 0, b'{"line": '
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -657,71 +630,58 @@ class Results:
                     self.file.truncate(offset)
                     return say(f"{where}: torn by a crash; dropped, and asked again")
                 try:
-                    row = json.loads(line)
-                    made, _ = (
-                        row["settings"],
-                        (hash(row["text_message"]), row["response"]),
-                    )
+                    row = from_json(line)
+                    made, key = row["settings"], hash(row["text_message"])
+                    answered = row["response"] is not None
                 except (ValueError, LookupError, TypeError):
                     raise StopRun(f"{where}: no row; mend it first") from None
                 if made != self.settings:
                     made = f"{where}: made by {row.get('model')} or another part 1"
                     raise StopRun(f"{made}; choose another OUTPUT, or --restart")
-                yield offset, row
+                yield offset, key, answered
                 offset += len(line)
 
-    def match(self, keys: array[int]) -> tuple[array[int], dict[int, int], list[int]]:
+    def match(self, keys: array[int]) -> tuple[array[int], dict[int, int]]:
         """Offsets of rows: of the answer to each message, known by the hash of its text
-        (-1: none); of the last error of each text; of the rows of no message."""
+        (-1: none), and of the last error of each text."""
         where, following = array("q", [-1]) * len(keys), array("q", keys)
-        first, errors, gone = dict[int, int](), dict[int, int](), list[int]()
+        first, errors, self.gone = dict[int, int](), dict[int, int](), []
         for n in reversed(range(len(keys))):
             following[n] = first.get(keys[n], -1)  # the next message with the same text
             first[keys[n]] = n
-        for offset, row in self.scan():
-            n = first.get(key := hash(row["text_message"]), -1)
-            if key in first and row["response"] is None:
+        for offset, key, answered in self.scan():
+            if not answered and key in first:
                 errors[key] = offset
-            elif n >= 0:
+            elif (n := first.get(key, -1)) >= 0:
                 where[n], first[key] = offset, following[n]
             else:
-                gone.append(offset)
-        if gone and not errors and max(where) < 0:
+                self.gone.append(offset)
+        if self.gone and not errors and max(where) < 0:
             raise StopRun(f"{self.path} answers other messages: choose another OUTPUT")
-        return where, errors, gone
+        return where, errors
 
-    def add(self, row: Row) -> None:
-        """Appends a row in one write, then counts it and moves the bar. Raises OSError,
-        with the file still whole, if the disk is full."""
-        line, end = to_json(row) + b"\n", self.file.seek(0, os.SEEK_END)
-        self.counts["lost"] += 1
-        if self.file.write(line) != len(line):
-            self.file.truncate(end)
-            raise OSError(28, "No space left on device")
-        kind = row["error"]["type"] if row["error"] else "ok"
-        self.counts.update({kind: 1, "rows": 1, "lost": -1}, **row["usage"] or {})
-        if row["error"] and self.counts[kind] == 1:
-            say(f"line {row['line']}: {kind}, {row['error']['message']}")
-        self.bar.update()
+    def in_order(self, messages: Iterable[Row], keys: array[int]) -> Iterator[bytes]:
+        """The rows in INPUT's order, with its lines and fields; the others behind."""
+        where, errors = self.match(keys)
+        messages = itertools.chain(messages, itertools.repeat({"text_message": None}))
+        with open(self.path, "rb") as old:
+            for message, key, offset in zip(messages, keys, where):
+                if hash(message["text_message"]) != key:
+                    raise StopRun("INPUT was changed during the run: run it again")
+                if (place := errors.get(key, -1) if offset < 0 else offset) >= 0:
+                    old.seek(place)
+                    yield to_line(from_json(old.readline()) | message)
+            for place in self.gone:
+                old.seek(place)
+                yield old.readline()
 
     def order(self, messages: Iterable[Row], keys: array[int]) -> None:
-        """Puts OUTPUT in INPUT's order, rows of no message last, in one atomic step."""
-        where, errors, gone = self.match(keys)
-        self.counts["gone"] = len(gone)
+        """Puts OUTPUT in INPUT's order, in one atomic step."""
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
-            with open(self.path, "rb") as old, open(temporary, "wb") as new:
-                end = itertools.repeat(
-                    {"text_message": None}
-                )  # INPUT may be shorter now
-                now = itertools.chain(messages, end)
-                for message, key, offset in zip(now, keys, where):
-                    if hash(message["text_message"]) != key:
-                        raise StopRun("INPUT was changed during the run: run it again")
-                    if (place := errors.get(key, -1) if offset < 0 else offset) >= 0:
-                        old.seek(place)
-                        new.write(to_json(json.loads(old.readline()) | message) + b"\n")
-                new.writelines(old.readline() for at in gone if old.seek(at) >= 0)
+            os.fsync(self.file.fileno())
+            with open(temporary, "wb") as new:
+                new.writelines(self.in_order(messages, keys))
                 new.flush()
                 os.fsync(new.fileno())
             if not filecmp.cmp(self.path, temporary, shallow=False):
@@ -731,10 +691,6 @@ class Results:
                 temporary.replace(self.path)
         finally:
             temporary.unlink(missing_ok=True)
-        if sys.platform != "win32":  # the new name, too, has to survive a power failure
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
 
 
 # --- 5. No key yet? -------------------------------------------------------------------
@@ -766,16 +722,15 @@ def placeholder(schema: Any, dice: random.Random, root: Any, depth: int = 0) -> 
     return other.get(kind, number)
 
 
-@contextlib.asynccontextmanager
-async def offline_server(latency: float, load: Counter[str]) -> AsyncIterator[str]:
-    """The address of a stand-in for the API on this machine: placeholders after about
-    `latency` seconds. `load` tells how many are "in flight", and their "peak"."""
+def start_offline_server(latency: float, load: Counter[str]) -> str:
+    """The address of a stand-in for the API, in a thread of this process: placeholders
+    after some `latency` seconds. `load` tells how many are "in flight", the "peak"."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             while head := await reader.readuntil(b"\r\n\r\n"):
                 size = int(re.findall(rb"(?i)content-length: *(\d+)", head)[0])
-                body = json.loads(await reader.readexactly(size))
+                body = from_json(await reader.readexactly(size))
                 load["in flight"] += 1
                 load["peak"] = max(load["peak"], load["in flight"])
                 dice = random.Random(body["input"])  # same message, same answer
@@ -784,28 +739,30 @@ async def offline_server(latency: float, load: Counter[str]) -> AsyncIterator[st
                 usage = dict(zip(TOKENS, (size // 4, len(text) // 4)))
                 part = {"type": "output_text", "text": text}
                 output = [{"type": "message", "content": [part]}]
-                reply = {"model": "offline", "output": output, "usage": usage}
+                content = to_line(
+                    {"model": "offline", "output": output, "usage": usage}
+                )
                 await asyncio.sleep(latency * dice.lognormvariate(0, 0.3))
                 load["in flight"] -= 1
-                content = json.dumps(reply).encode()
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
                 writer.write(b"Content-Length: %d\r\n\r\n" % len(content) + content)
         writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=1000)
-    async with server:
-        yield "http://{}:{}/v1".format(*server.sockets[0].getsockname())
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    starting = asyncio.start_server(serve, "127.0.0.1", 0, backlog=1000)
+    server = asyncio.run_coroutine_threadsafe(starting, loop).result()
+    return "http://{}:{}/v1".format(*server.sockets[0].getsockname())
 
 
 # --- 6. Command line ------------------------------------------------------------------
 def parse_args(argv: list[str] | None, **given: Any) -> argparse.Namespace:
     """The command line. Exits with status 2 and one line where it is wrong."""
+    form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        usage="%(prog)s INPUT OUTPUT [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        None, "%(prog)s INPUT OUTPUT [options]", __doc__, formatter_class=form
     )
+    parser.allow_abbrev = False
     add = parser.add_argument
     add("input", metavar="INPUT", help=".txt: a message a line; .jsonl; .csv; -: stdin")
     add("output", metavar="OUTPUT", help="the results, JSON Lines")
@@ -830,64 +787,48 @@ def parse_args(argv: list[str] | None, **given: Any) -> argparse.Namespace:
     args.shard = tuple(map(int, parts.groups())) if parts else (0, 0)
     if not 1 <= args.shard[0] <= args.shard[1]:
         parser.error("argument --shard: has to be like 1/4, 2/4, 3/4 or 4/4")
+    known = PRICES if args.model == MODEL and not args.offline else None
+    args.prices, args.capped = known or (0.0, 0.0), args.max_cost < sys.float_info.max
+    if args.capped and not (known or args.offline):
+        parser.error("argument --max-cost: needs the PRICES of that MODEL in part 1")
+    args.capped = args.capped and not args.offline
+    args.request = build_request(args.model)
+    shape = json.dumps([args.request, PROMPT, args.offline], sort_keys=True)
+    # To pandas digits alone would be a number.
+    args.settings = "a" + hashlib.sha256(shape.encode()).hexdigest()[:7]
     return args
 
 
-def hash_settings(args: argparse.Namespace) -> str:
-    """A short hash of all that shapes an answer."""
-    parts = [build_request(args.model), PROMPT, args.offline]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    start = re.search("[a-d]", digest[:56])  # digits alone are a number to pandas
-    return digest[start.start() if start else 0 :][:8]
-
-
-def allow_files(count: int) -> None:
-    """Raises the soft limit of open files to `count`; StopRun if that is too many."""
+def connect(args: argparse.Namespace) -> openai.AsyncOpenAI:
+    """A client of the API or of the stand-in. Raises StopRun if there can be none."""
+    files = args.concurrency * (1 + args.offline) + 50
     if sys.platform != "win32":
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if count > hard != resource.RLIM_INFINITY:
-            raise StopRun(f"--concurrency: needs {count} files, ulimit -Hn is {hard}")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
+        if files > hard != resource.RLIM_INFINITY:
+            raise StopRun(f"--concurrency: needs {files} files, ulimit -Hn is {hard}")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
+    url = start_offline_server(0.4, Counter()) if args.offline else None
+    return new_client(args.concurrency, url)
 
 
-async def answer(
-    queue: Iterator[Row], keep: Any, throttle: Throttle, args: Any, watch: Any
-) -> None:
-    """Answers all messages, by the API or by the stand-in, while the coroutine `watch`
-    looks on. Raises what stopped it."""
-    async with contextlib.AsyncExitStack() as stack:
-        stack.callback(asyncio.create_task(watch).cancel)
-        allow_files(args.concurrency * (1 + args.offline) + 50)
-        server = offline_server(0.4, Counter()) if args.offline else None
-        url = await stack.enter_async_context(server) if server else None
-        api = await stack.enter_async_context(new_client(args.concurrency, url))
-        tag = {"settings": hash_settings(args)}
-        once = partial(call, api, build_request(args.model), args.timeout)
-        to_row = partial(ask, once, throttle, args.max_attempts, tag)
-        await answer_each(queue, to_row, keep, throttle)
-
-
-async def attend(bar: Any, throttle: Throttle, results: Results | None = None) -> None:
+async def attend(throttle: Throttle, bar: Any, sync: Callable[[], object]) -> None:
     """Twice a second: how it goes, to the bar, and what was written, to the disk."""
     for beat in itertools.count(1):
         await asyncio.sleep(0.5)
-        status = f"{throttle.in_flight} in flight"
+        counts = throttle.counts
+        status = (
+            f"{counts['rows'] - counts['ok']} errors, {throttle.in_flight} in flight"
+        )
         status += f", ${throttle.paid:.2f}" if throttle.paid else ""
         if (wait := throttle.until - time.monotonic()) > 0.5:
             status += f", {throttle.why}, {wait:.0f} s"
-        if not results:
-            bar.set_postfix_str(status)
-            continue
-        status = f"{results.counts['rows'] - results.counts['ok']} errors, {status}"
         bar.set_postfix_str(status)
         if bar.disable and beat % 60 == 0:  # no terminal: a line now and then
-            say(f"{results.counts['rows']:,} of {bar.total:,} rows, {status}")
+            say(f"{bar.n + counts['rows']:,} of {bar.total:,} rows, {status}")
         try:
-            await asyncio.to_thread(os.fsync, results.file.fileno())
-            if not results.is_there():
-                raise StopRun(f"{results.path} was moved or deleted during the run")
+            await asyncio.to_thread(sync)
         except (StopRun, OSError) as reason:
             throttle.stop(reason)
 
@@ -904,69 +845,69 @@ async def answer_all(
     `await answer_all(texts)`. Raises StopRun."""
     given = {"model": model, "concurrency": concurrency, "timeout": timeout}
     args, rows = parse_args(["-", "-"], offline=offline, **given), list[Row]()
-    throttle = Throttle(args)
+    throttle = Throttle(args, connect(args))
     texts = ((n, t) for n, t in enumerate(messages, 1) if isinstance(t, str))
     numbered = ({"line": n, "text_message": t} for n, t in texts if t.strip())
     total = operator.length_hint(messages) or None  # None where it is not known
     with tqdm(total=total, unit="msg") as bar:
-
-        def keep(row: Row) -> None:
-            rows.append(row)
-            bar.update()
-
-        await answer(numbered, keep, throttle, args, attend(bar, throttle))
+        watch = asyncio.create_task(attend(throttle, bar, bool))
+        try:
+            await answer_each(numbered, throttle, rows.append, bar)
+        finally:
+            watch.cancel()
     return sorted(rows, key=operator.itemgetter("line"))
 
 
 async def answer_file(
-    queue: Any, results: Results, throttle: Throttle, args: Any
+    queue: Any, results: Results, throttle: Throttle, bar: Any
 ) -> None:
     """Answers all messages into OUTPUT. The first Ctrl-C lets those in flight land."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
 
     def interrupt() -> None:
-        if isinstance(throttle.reason, KeyboardInterrupt) and task:
+        if throttle.stopping.is_set() and task:
             task.cancel()
         throttle.stop(KeyboardInterrupt())
-        throttle.reason = KeyboardInterrupt()
         say(f"waiting for {throttle.in_flight} in flight; Ctrl-C again to stop now")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
+    watch = asyncio.create_task(attend(throttle, bar, results.sync))
     try:
-        watch = attend(results.bar, throttle, results)
-        await answer(queue, results.add, throttle, args, watch)
+        await answer_each(queue, throttle, results.add, bar)
     finally:
+        watch.cancel()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
 
 
-def summarize(counts: Counter[str], throttle: Throttle, left: int) -> Iterator[str]:
+def summarize(throttle: Throttle, gone: int, left: int) -> Iterator[str]:
     """The closing lines; for `left` messages, not asked yet, what they may take."""
+    counts, usd = throttle.counts, any(throttle.args.prices)
     took, rows = time.monotonic() - throttle.started, max(1, counts["rows"])
     times = sorted(throttle.latencies) or [0.0]
     median, slow = times[len(times) // 2], times[-len(times) // 20]
     failed = counts["rows"] - counts["ok"]
     yield f"rows     {counts['ok']:,} answered, {failed:,} errors"
     yield f"tokens   {counts[TOKENS[0]]:,} in, {counts[TOKENS[1]]:,} out"
-    if throttle.prices:
+    if usd:
         yield f"cost     {throttle.paid:.4f} USD"
     yield f"time     {took:.1f} s, {counts['rows'] / took:.1f} rows/s"
     yield f"latency  median {median:.2f} s, 95 % within {slow:.2f} s"
     if throttle.waited:
         yield f"limits   refused {throttle.refusals:,}, waited {throttle.waited:.1f} s"
-    if counts["lost"]:
-        yield f"lost     {counts['lost']:,} answers that could not be written"
-    if counts["gone"]:
-        yield f"kept     {counts['gone']:,} rows whose message is no longer in INPUT"
+    if lost := sum(bool(row["response"]) for row in throttle.held):
+        yield f"lost     {lost:,} answers that could not be written"
+    if gone:
+        yield f"kept     {gone:,} rows whose message is no longer in INPUT"
     if left:
         more, off = left / rows, 2 / math.sqrt(rows)
-        tokens, usd = sum(counts[name] for name in TOKENS), throttle.paid * more
-        fast, slow = median * left / throttle.most, took * more  # seconds
+        tokens, cost = sum(counts[name] for name in TOKENS), throttle.paid * more
+        fast, slow = median * left / throttle.args.concurrency, took * more  # seconds
         show = tqdm.format_interval
         yield f"to come  {left:,} rows, about {tokens * more:,.0f} tokens"
-        if throttle.prices:
-            yield f"         {usd * max(0, 1 - off):.2f} to {usd * (1 + off):.2f} USD"
+        if usd:
+            yield f"         {cost * max(0, 1 - off):.2f} to {cost * (1 + off):.2f} USD"
         yield f"         {show(fast)} to {show(slow)} min"
 
 
@@ -980,31 +921,26 @@ def run(args: argparse.Namespace, source: Path, output: Path) -> int:
         raise StopRun(f"{source}: no message in it")
     if output.exists() and (not output.is_file() or output.samefile(source)):
         raise StopRun(f"{output}: no plain file, or INPUT itself; choose another")
-    args.offline or find_key()
-    throttle = Throttle(args)
-    if args.max_cost < sys.float_info.max and not (throttle.prices or args.offline):
-        raise StopRun("--max-cost needs the PRICES of that MODEL in part 1")
-    results = Results(output, hash_settings(args), args.restart)
+    throttle = Throttle(args, connect(args))
+    results = Results(output, args.settings, args.restart)
     with results.file:
         todo = bytearray(offset < 0 for offset in results.match(keys)[0])
         left = sum(todo[args.limit :])
         del todo[args.limit :]
-        messages = itertools.compress(read(), todo)
-        total, done = len(todo), len(todo) - sum(todo)
-        results.bar = tqdm(total=total, initial=done, unit="msg", disable=None)
+        messages, done = itertools.compress(read(), todo), len(todo) - sum(todo)
         gc.freeze()  # what is there by now will stay: no collection needs to look at it
         try:
-            with results.bar:
+            with tqdm(total=len(todo), initial=done, unit="msg", disable=None) as bar:
                 if any(todo):
-                    asyncio.run(answer_file(messages, results, throttle, args))
+                    asyncio.run(answer_file(messages, results, throttle, bar))
         except asyncio.CancelledError:
             raise KeyboardInterrupt from None
         finally:
             try:
                 results.order(read(), keys)
             finally:
-                say("\n".join(summarize(results.counts, throttle, left)))
-    return 1 if results.counts["ok"] < results.counts["rows"] else 0
+                say("\n".join(summarize(throttle, len(results.gone), left)))
+    return 1 if throttle.counts["ok"] < throttle.counts["rows"] else 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,10 +13,9 @@ import contextlib
 import io
 import os
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -73,16 +72,6 @@ def pool(texts: list[str], concurrency: int) -> int:
 WAYS = {"loop": loop, "threads": threads, "gather": gather, "async_template": pool}
 
 
-@contextlib.contextmanager
-def offline(latency: float, load: Counter[str]) -> Iterator[None]:
-    """Points all clients at the stand-in: in a thread of its own, as two ways block."""
-    server, loop = template.offline_server(latency, load), asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    url = asyncio.run_coroutine_threadsafe(server.__aenter__(), loop).result()
-    os.environ.update(OPENAI_BASE_URL=url, OPENAI_API_KEY="offline", no_proxy="*")
-    yield  # the thread ends with the program
-
-
 def compare(texts: list[str], args: argparse.Namespace, load: Counter[str]) -> int:
     """Times all ways, with bars; prints the Markdown table; how many calls failed."""
     for way in WAYS.values():  # a warm-up: the first call loads half of the SDK
@@ -137,10 +126,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = template.read_messages(args.input, "text", (1, 1))
         rows = [row["text_message"] for row in found] or parser.exit(2, "empty INPUT\n")
         texts = [rows[i % len(rows)] for i in range(args.n or len(rows))]
-        if not args.offline:
+        if args.offline:  # all clients ask the stand-in
+            url = template.start_offline_server(args.latency, load)
+            os.environ.update(
+                OPENAI_BASE_URL=url, OPENAI_API_KEY="offline", no_proxy="*"
+            )
+        else:
             confirm(texts, args)
-        with offline(args.latency, load) if args.offline else contextlib.nullcontext():
-            return min(1, compare(texts, args, load))
+        return min(1, compare(texts, args, load))
     except (template.StopRun, OSError, KeyboardInterrupt) as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130 if isinstance(stop, KeyboardInterrupt) else 2
