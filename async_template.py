@@ -33,7 +33,6 @@ import hashlib
 import itertools
 import json
 import math
-import operator
 import os
 import random
 import re
@@ -47,9 +46,9 @@ import threading
 import time
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import partial, reduce
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -108,7 +107,7 @@ class Reply:
     error: str = ""
     message: str = ""
     status: int = 200  # of HTTP; 0 where no reply came
-    headers: Any = field(default_factory=dict)
+    headers: Any = None
     wait: float = 0.0  # seconds that the server asks for
     doubtful: bool = False  # a rejection that may be due to the settings
     model: str | None = None
@@ -121,21 +120,29 @@ def to_line(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def new_client(concurrency: int, offline_url: str | None) -> openai.AsyncOpenAI:
+def new_client(args: argparse.Namespace) -> openai.AsyncOpenAI:
     """A client for the key and endpoint of the environment, or for the stand-in."""
     import openai
 
-    key = "offline" if offline_url else os.environ.get("OPENAI_API_KEY", "").strip()
-    url = offline_url or os.environ.get("OPENAI_BASE_URL")
-    url = url or "https://api.openai.com/v1"
+    url = start_offline_server(0.4, Counter()) if args.offline else ""
+    url = url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+    key = "offline" if args.offline else os.environ.get("OPENAI_API_KEY", "").strip()
     if not re.fullmatch("[!-~]+", key):
         raise StopRun("no key: set OPENAI_API_KEY, or try without one by --offline")
-    if not re.fullmatch(r"https?://(\[[0-9a-f:]+\]|[\w.-]+)(:\d{1,5})?(/\S*)?", url):
+    if not re.fullmatch(r"(?i)https?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/\S*)?", url):
         raise StopRun(f"OPENAI_BASE_URL is {url!r}, but has to be like http://host/v1")
+    if sys.platform != "win32":  # a connection is an open file; offline it is two
+        import resource
+
+        files = args.concurrency * (2 if args.offline else 1) + 50
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if files > hard != resource.RLIM_INFINITY:
+            raise StopRun(f"--concurrency: needs {files} files, ulimit -Hn is {hard}")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
     # aiohttp takes 40 % less CPU than the default transport. The SDK's own timeout is
     # off: it is for each read, so that a body that trickles in never meets it.
-    limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=concurrency)
-    http = openai.DefaultAioHttpClient(limits=limits, trust_env=not offline_url)
+    limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=args.concurrency)
+    http = openai.DefaultAioHttpClient(limits=limits, trust_env=not args.offline)
     rest: dict[str, Any] = {"max_retries": 0, "timeout": None, "http_client": http}
     return openai.AsyncOpenAI(api_key=key, base_url=url, **rest)
 
@@ -174,9 +181,8 @@ async def call(api: openai.AsyncOpenAI, args: argparse.Namespace, text: str) -> 
         cause = error.__cause__ or error
         reply = Reply("connection", str(cause.__cause__ or cause), 0)
     # A server may quote the key that it was sent: no row and no line may show it.
-    secret = api.api_key if len(api.api_key) > 7 else "\0"
-    said = " ".join(reply.message.replace(secret, "[key]").split())[:300]
-    reply.message = said.encode(errors="replace").decode()  # no halves of characters
+    said = reply.message.replace(api.api_key if len(api.api_key) > 7 else "\0", "[key]")
+    reply.message = " ".join(said.split())[:300].encode(errors="replace").decode()
     if reply.error == "stop":
         raise StopRun(reply.message)
     return reply
@@ -202,14 +208,13 @@ def read_body(content: bytes) -> Reply:
     reply = Reply(model=model if isinstance(model, str) else None)
     if all(isinstance(number, int) for number in used.values()):
         reply.usage = {name: max(0, number) for name, number in used.items()}
-    if status == "incomplete":
+    reply.error = "refusal" if refusal else ""
+    if status in ("failed", "cancelled"):
+        reply.error = "server_error"
+    elif status == "incomplete":
         reply.error = "content_filter" if why == "content_filter" else "incomplete"
-        reply.message = f"the answer was cut short: {why}"
-    elif status in ("failed", "cancelled"):
-        reply.error, reply.message = "server_error", f"{status}: {why}"
-    elif refusal:
-        reply.error, reply.message = "refusal", " ".join(map(str, refusal))
-    else:
+    reply.message = " ".join(map(str, refusal)) or f"{status}: {why}"
+    if not reply.error:
         try:
             answer = SCHEMA.model_validate_json(text).model_dump(mode="json")
             reply.response = answer if to_line(answer) else None  # no NaN
@@ -224,19 +229,16 @@ def read_error(error: openai.APIStatusError, model: str) -> Reply:
 
     https://platform.openai.com/docs/guides/error-codes
     """
-    status, names, where = (
-        error.status_code,
-        {error.code, error.type},
-        error.request.url,
-    )
+    status, names = error.status_code, {error.code, error.type}
     param = error.param if isinstance(error.param, str) else ""
     setting = re.split(r"[.\[]", param)[0]
     about_input = setting.startswith(("input", "messages", "prompt"))
+    where = f"{model!r} at {error.request.url}"
     advice = {
         401: "the key is not accepted: check OPENAI_API_KEY",
         402: "no credit left: add some",
-        403: f"the key may not use {model!r} at {where}",
-        404: f"no {model!r} at {where}: check --model and OPENAI_BASE_URL",
+        403: f"the key may not use {where}",
+        404: f"no {where}: check --model and OPENAI_BASE_URL",
     }.get(status, "")
     if names & {"insufficient_quota", "billing_hard_limit_reached"}:
         advice = "no credit left: check plan and billing"
@@ -257,6 +259,7 @@ def read_error(error: openai.APIStatusError, model: str) -> Reply:
 START = 8  # requests in flight at first: the most that a wrong key can cost
 BACKOFF = 0.5  # seconds: a message's n-th retry waits a random part of BACKOFF * 2**n
 PATIENCE = 600.0  # seconds of nothing but refusals, or of an outage, that end the run
+BEAT = 0.5  # seconds between two looks at how it goes, and between two fsyncs
 
 
 @dataclass
@@ -272,14 +275,16 @@ class Mirror:
     at: float = 0.0  # when the request was sent whose reply told the latest news
     spent: float = 0.0  # by this run
     limit: float = 0.0  # as the headers name it; 0 where there were none
+    margin: float = 2.0  # how many requests to leave room for: others may spend as well
 
     def wait(self, cost: float) -> float:
-        """Seconds until there is room for two requests of that cost; 0 if there is."""
+        """Seconds until there is room for a request of that cost; 0 if there is."""
         now = time.monotonic()
         if now > self.seen:
             self.left = min(self.full, self.left + self.rate * (now - self.seen))
             self.seen = now
-        short = min(max(cost, min(2 * cost, self.full / 2)), self.full) - self.left
+        need = min(self.full, max(cost, min(self.margin * cost, self.full / 2)))
+        short = need - self.left
         return max(0.0, short / self.rate) if self.rate else 0.1 * (short > 0)
 
     def spend(self, cost: float) -> float:
@@ -287,19 +292,20 @@ class Mirror:
         self.left, self.spent = self.left - cost, self.spent + cost
         return self.spent
 
-    def read(self, headers: Any, at: float, spent: float, cost: float) -> None:
+    def read(self, reply: Reply, at: float, spent: float, cost: float) -> None:
         """Takes what the reply to a request of that `cost`, sent `at`, says is left.
 
         https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers
         """
         units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+        headers = reply.headers
         try:
             limit = float(headers[f"x-ratelimit-limit-{self.name}"])
             left = float(headers[f"x-ratelimit-remaining-{self.name}"])
             reset = headers[f"x-ratelimit-reset-{self.name}"]  # 6m0s, 1s, 120ms
             pairs = re.findall(r"([0-9.]+)(ms|[dhms])", reset)
             back = sum(float(number) * units[unit] for number, unit in pairs)
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, TypeError):
             return
         if at < self.at or not all(0 < x < math.inf for x in (limit, left + 1, back)):
             return
@@ -310,6 +316,14 @@ class Mirror:
         self.full = limit if whole >= 30 else max(most, left + cost)
         self.rate, self.limit = (self.full - left) / back, limit
         self.left, self.seen, self.at = left - (self.spent - spent), at, at
+        self.margin *= 1.5 if reply.status == 429 else 0.998
+        self.margin = min(20.0, max(2.0, self.margin))
+
+
+async def pause(until: asyncio.Event, seconds: float) -> None:
+    """Waits for the event, but not for more than so many seconds."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(until.wait(), seconds)
 
 
 class Throttle:
@@ -329,12 +343,13 @@ class Throttle:
         self.window = 1.0 if args.capped else float(min(START, args.concurrency))
         self.in_flight, self.fast, self.why, self.waited = 0, True, "", 0.0
         self.mirrors = self.requests, self.tokens = Mirror("requests"), Mirror("tokens")
-        self.density = 0.3  # tokens per character, on average
+        self.density = 0.3  # tokens per character; soon up, slowly down
         self.paid = self.booked = self.dearest = 0.0  # USD; in flight; per character
         self.pace, self.marked = 0.0, (now, 0.0)  # a second; when, how many by then
         self.answered, self.failures, self.refusals = "", 0, 0  # a message; in a row
         self.held = list[Row]()  # not written yet
-        self.counts, self.latencies = Counter[str](), deque[float](maxlen=10_000)
+        self.outcomes, self.usage = Counter(answered=0), Counter[str]()  # of the rows
+        self.latencies = deque[float](maxlen=10_000)
 
     @property
     def down(self) -> bool:
@@ -344,33 +359,33 @@ class Throttle:
     async def send(self, text: str) -> Reply:
         """What came of one request, sent when its turn has come. May raise StopRun."""
         async with self.turnstile:  # one at a time, first come first served
-            while not self.stopping.is_set():
-                self.landed.clear()
-                if wait := self.wait(text):
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self.landed.wait(), wait)
-                elif self.down:  # or to blame are messages: ask one answered before
+            while (wait := self.wait(text)) or self.down:
+                if wait:
+                    await pause(self.landed, wait)
+                    self.landed.clear()
+                else:  # or to blame are messages: ask one answered before
                     await self.attempt(self.answered)
-                else:
-                    break
-            else:
-                raise StopRun
         return await self.attempt(text)
 
     def wait(self, text: str) -> float:
-        """Seconds until the next request may start; 0 if it may now."""
+        """Seconds until the next request may start; 0 if it may now. Raises StopRun."""
+        if len(self.held) >= 5 and not (self.answered or self.in_flight):
+            why = self.held[-1]["error"]["message"]
+            self.stop(StopRun(f"the first messages all failed: {why}"))
         now, size = time.monotonic(), len(text) + 1000
         short = self.paid + self.booked + self.dearest * size > self.args.max_cost
         if short and not self.in_flight:
             self.stop(StopRun(f"--max-cost reached, {self.paid:.4f} USD spent"))
-        if short or self.in_flight >= max(1, int(self.window) - len(self.held)):
-            self.full_at = now
-            return 60.0  # or until one lands
         waits = self.requests.wait(1.0), self.tokens.wait(size * self.density)
         wait = max(0.0, self.brake_until - now, *waits)
         if wait > PATIENCE and not self.in_flight:
             then = time.asctime(time.localtime(time.time() + wait))
             self.stop(StopRun(f"the limit is used up until {then}: run it again then"))
+        if self.stopping.is_set():
+            raise StopRun
+        if short or self.in_flight >= max(1, int(self.window) - len(self.held)):
+            self.full_at = now
+            return 60.0  # or until one lands
         self.until = now + wait
         return wait
 
@@ -387,13 +402,15 @@ class Throttle:
             self.in_flight, self.booked = self.in_flight - 1, self.booked - usd
             self.landed.set()
         if reply.usage:
-            self.density += 0.1 * (sum(reply.usage.values()) / size - self.density)
-            paid = sum(map(operator.mul, self.args.prices, reply.usage.values())) / 1e6
+            dense = sum(reply.usage.values()) / size
+            self.density = max(dense, self.density + 0.1 * (dense - self.density))
+            used = zip(self.args.prices, reply.usage.values())
+            paid = sum(price * tokens for price, tokens in used) / 1e6
             self.paid, self.dearest = self.paid + paid, max(self.dearest, paid / size)
         elif self.args.capped and reply.response:
             self.stop(StopRun("--max-cost: this server does not say what it used"))
         for mirror, cost, by_then in zip(self.mirrors, costs, spent):
-            mirror.read(reply.headers, sent, by_then, cost)
+            mirror.read(reply, sent, by_then, cost)
         if reply.error in (*TROUBLE, "rate_limit"):
             self.slow_down(reply, sent)
         elif self.answered or not reply.doubtful:
@@ -409,27 +426,25 @@ class Throttle:
     def slow_down(self, reply: Reply, sent: float) -> None:
         """Cuts the window, and brakes all; once an episode: what was sent before the
         last cut is no news."""
-        now, wait, least = time.monotonic(), reply.wait, 0.0
-        quiet, news = now - self.alive_at, sent >= self.last_cut
-        pause = random.uniform(0.1, 0.2) * min(60.0, max(2 * BACKOFF, quiet)) * news
-        if reply.status == 429:
-            self.refusals += 1
-            why, wait = "rate limited", wait or pause
-            through = self.requests.spent - self.refusals
+        now, news = time.monotonic(), sent >= self.last_cut
+        quiet, refused = now - self.alive_at, reply.status == 429
+        self.refusals += refused
+        self.failures += not refused
+        stuck = reply.error == "timeout" and self.failures >= 3
+        rest, least = max(2 * BACKOFF, quiet), 0.0
+        if refused:
+            why, through = "rate limited", self.requests.spent - self.refusals
             if news and through - self.marked[1] >= 5:
                 # The bucket was empty then and is now: what went through is its rate.
                 found = (through - self.marked[1]) / (now - self.marked[0])
                 self.pace, self.marked = max(0.85 * self.pace, found), (now, through)
             least = self.pace * sum(self.latencies) / max(1, len(self.latencies))
+        elif self.down:
+            why, least = f"server down ({reply.error})", START
+        elif reply.status in (503, 529) or stuck:
+            why, rest = "server overloaded", quiet
         else:
-            self.failures += 1
-            overloaded = reply.status in (503, 529)
-            if self.down:
-                why, wait, least = f"server down ({reply.error})", pause, START
-            elif overloaded or (reply.error == "timeout" and self.failures >= 3):
-                why = "server overloaded"
-            else:
-                return
+            return
         if news:
             cut = self.window * (0.0 if self.down else 0.5 if self.fast else 0.9)
             self.window = min(self.args.concurrency, max(1.0, cut, least))
@@ -437,10 +452,11 @@ class Throttle:
             if quiet > PATIENCE + self.args.timeout:
                 said = f"{why}, no answer for {quiet:.0f} s: run it again later"
                 self.stop(StopRun(said))
+        wait = reply.wait or random.uniform(0.1, 0.2) * min(60.0, rest) * news
         until = now + wait * random.uniform(1, 1.1)  # other runs wait as well
         self.waited += max(0.0, until - max(now, self.brake_until))
         self.brake_until, self.why = max(self.brake_until, until), why
-        if reply.status == 429 and self.pace and not self.requests.limit:
+        if refused and self.pace and not self.requests.limit:
             self.requests.left, self.requests.full = 1.0, max(2.0, self.pace)
             self.requests.rate, self.requests.seen = self.pace, self.brake_until
 
@@ -453,88 +469,129 @@ class Throttle:
 
 async def ask(throttle: Throttle, row: Row) -> Row:
     """The row of a message: its answer, or the error of its last try."""
-    attempts, usage, args = 0, Counter[str](), throttle.args
+    attempts, refusals, usage, began = 0, 0, Counter[str](), time.monotonic()
     while True:
         reply = await throttle.send(row["text_message"])
         usage.update(reply.usage or {})
-        excused = reply.error == "rate_limit" or throttle.down
+        refusals += reply.status == 429
+        # What is refused for ever, while others are not, is larger than the limit.
+        refused = refusals > 30 and throttle.alive_at > began
+        excused = throttle.down or (reply.error == "rate_limit" and not refused)
         attempts += not excused
-        if reply.error not in RETRIED or attempts >= args.max_attempts:
+        if reply.error not in RETRIED or attempts >= throttle.args.max_attempts:
             break
         if not excused:  # full jitter, without a slot, until the run stops:
             # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
-            wait = random.uniform(0, min(60.0, BACKOFF * 2 ** min(attempts, 10)))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(throttle.stopping.wait(), wait)
+            longest = min(60.0, BACKOFF * 2 ** min(attempts, 10))
+            await pause(throttle.stopping, random.uniform(0, longest))
     error = {"type": reply.error, "message": reply.message, "attempts": attempts}
     row |= {"response": reply.response, "error": error if reply.error else None}
     row |= {"model": reply.model, "usage": dict(usage) or None}
-    return row | {"settings": args.settings}
+    return row | {"settings": throttle.args.settings}
 
 
-async def answer_each(
-    queue: Iterator[Row], throttle: Throttle, keep: Callable[[Row], None], bar: Any
-) -> None:
-    """Answers all messages; `keep` gets each row. Raises what stopped it."""
-    # Workers on one iterator, not a task for each message: 100,000 messages would be
-    # 171 MiB of tasks. Sharing it is safe: a worker gives way only where it awaits.
-    held, counts = throttle.held, throttle.counts
-
-    def settle() -> None:
-        while held:
-            keep(held[-1])  # where that fails it stays among the held
-            error = held[-1]["error"] or {"type": "ok"}
-            counts.update({"rows": 1, error["type"]: 1}, **held[-1]["usage"] or {})
-            if "message" in error and counts[error["type"]] == 1:
-                say(f"line {held[-1]['line']}: {error['type']}, {error['message']}")
-            held.pop()
-            bar.update()
-
-    async def work() -> None:
-        try:
-            for message in queue:
-                held.append(await ask(throttle, message))
-                if throttle.answered:
-                    settle()
-                elif len(held) >= 5 and not throttle.in_flight:
-                    why = held[-1]["error"]["message"]
-                    raise StopRun(f"the first messages all failed: {why}")
-        except (StopRun, OSError) as reason:  # OSError: of the file that `keep` writes
-            throttle.stop(reason)
-
-    async with throttle.api, asyncio.TaskGroup() as workers:
-        for _ in range(throttle.args.concurrency + 100):  # some rows only wait
-            workers.create_task(work())
-    if throttle.stopping.is_set():
-        raise throttle.reason
-    settle()
-
-
-# --- 4. Files -------------------------------------------------------------------------
 def say(line: str) -> None:
     """Prints to standard error, above the bar."""
     tqdm.write(line, file=sys.stderr)
+
+
+def describe(throttle: Throttle) -> str:
+    """How the run goes, for the bar."""
+    errors, wait = throttle.outcomes.total(), throttle.until - time.monotonic()
+    status = f"{errors - throttle.outcomes['answered']:,} errors, "
+    if wait > 0.5:
+        status += f"{throttle.why}, {wait:.0f} s"
+    else:
+        status += f"{throttle.in_flight} in flight"
+    return status + (f", ${throttle.paid:.2f}" if throttle.paid else "")
+
+
+async def attend(throttle: Throttle, bar: Any, sync: Callable[[], object]) -> None:
+    """At every BEAT: how it goes, to the bar, and what was written, to the disk."""
+    for beat in itertools.count(1):
+        await asyncio.sleep(BEAT)
+        bar.set_postfix_str(describe(throttle))
+        if bar.disable and beat % 60 == 0:  # no terminal: a line now and then
+            done = bar.n + throttle.outcomes.total()
+            say(f"{done:,} of {bar.total:,} rows, {describe(throttle)}")
+        try:
+            await asyncio.to_thread(sync)
+        except (StopRun, OSError) as reason:
+            throttle.stop(reason)
+
+
+def settle(throttle: Throttle, bar: Any, keep: Callable[[Row], object]) -> None:
+    """Hands over the rows held, counts them and moves the bar: the one place for it."""
+    while throttle.held:
+        row = throttle.held[-1]
+        keep(row)  # where that fails it stays among the held
+        throttle.held.pop()
+        kind = row["error"]["type"] if row["error"] else "answered"
+        throttle.outcomes[kind] += 1
+        throttle.usage.update(row["usage"] or {})
+        if row["error"] and throttle.outcomes[kind] == 1:  # of each an example
+            say(f"line {row['line']}: {kind}, {row['error']['message']}")
+        bar.set_postfix_str(describe(throttle), refresh=False)
+        bar.update()
+
+
+async def answer_each(
+    queue: Iterator[Row], throttle: Throttle, bar: Any, keep: Any, sync: Any = bool
+) -> None:
+    """Answers all messages; `keep` gets each row, `sync` is called now and then. Raises
+    what stopped it. The first Ctrl-C lets those in flight land."""
+
+    # Workers on one iterator, not a task for each message: 100,000 messages would be
+    # 171 MiB of tasks. Sharing it is safe: a worker gives way only where it awaits.
+    async def work() -> None:
+        try:
+            for message in queue:
+                throttle.held.append(await ask(throttle, message))
+                if throttle.answered:
+                    settle(throttle, bar, keep)
+        except (StopRun, OSError) as reason:  # OSError: of the file that `keep` writes
+            throttle.stop(reason)
+
+    async with throttle.api, asyncio.TaskGroup() as tasks:
+        watch = tasks.create_task(attend(throttle, bar, sync))
+        crew = range(throttle.args.concurrency + 100)  # more than slots: some only wait
+        workers = [tasks.create_task(work()) for _ in crew]
+        try:
+            await asyncio.wait(workers)
+        except asyncio.CancelledError:
+            throttle.stop(KeyboardInterrupt())
+            say(f"waiting for {throttle.in_flight} in flight; Ctrl-C again to stop now")
+            await asyncio.wait(workers)
+            raise
+        watch.cancel()
+    if throttle.stopping.is_set():
+        raise throttle.reason
+    settle(throttle, bar, keep)
+
+
+# --- 4. Files -------------------------------------------------------------------------
+def copy_stdin(path: Path) -> Path:
+    """Puts standard input where it can be read more than once; returns that path."""
+    with open(path, "wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    return path
 
 
 def read_messages(path: Path, name: str, shard: tuple[int, int]) -> Iterator[Row]:
     """The messages of INPUT one by one; for the shard (k, n) every n-th from the k-th.
 
     Blank ones are left out. Raises StopRun at the first record that is no message."""
-    kind, read, count = path.suffix.lower(), 0, 0
+    kind, count, read = path.suffix.lower(), 0, 0
+    line = 1  # where the record begins
 
     def read_lines() -> Iterator[str]:
         nonlocal read
         with open(path, "rb") as file:
-            for read, line in enumerate(file, 1):
-                yield line.decode("utf-8-sig" if read == 1 else "utf-8")
+            for read, text in enumerate(file, 1):
+                yield text.decode("utf-8-sig" if read == 1 else "utf-8")
 
-    records: Iterator[Any] = read_lines()
-    records = read_table(records) if kind == ".csv" else records
     try:
-        while True:
-            line = read + 1  # where the record begins
-            if (record := next(records, None)) is None:
-                return
+        for record in read_table(read_lines()) if kind == ".csv" else read_lines():
             if kind == ".jsonl" and record.strip():
                 record = from_json(record, allow_inf_nan=False)
             fields = record if isinstance(record, dict) else {name: record}
@@ -542,11 +599,13 @@ def read_messages(path: Path, name: str, shard: tuple[int, int]) -> Iterator[Row
                 raise ValueError(f"no {name!r} among {[*fields]}: see --field")
             if not isinstance(text := fields.pop(name), str):
                 raise ValueError(f"the message is no text, but {text!r:.50}")
+            message = {"line": line, "text_message": text.rstrip("\r\n")}
+            message |= {"fields": fields} if fields is record else {}
+            to_line(message)  # raises ValueError for what JSON does not have
             count += bool(text.strip())
             if text.strip() and count % shard[1] == shard[0] % shard[1]:
-                message = {"line": line, "text_message": text.rstrip("\r\n")}
-                message |= {"fields": fields} if fields is record else {}
-                yield message if to_line(message) else {}
+                yield message
+            line = read + 1
     except UnicodeDecodeError:
         raise StopRun(f"{path}, line {line}: not UTF-8, save it as UTF-8") from None
     except (ValueError, csv.Error) as error:
@@ -697,7 +756,7 @@ class Results:
 def placeholder(schema: Any, dice: random.Random, root: Any, depth: int = 0) -> Any:
     """Something that fits the JSON schema; the same for the same dice."""
     if "$ref" in schema:
-        schema = reduce(operator.getitem, schema["$ref"].split("/")[1:], root)
+        schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
     if options := schema.get("anyOf"):  # what refers to itself has to end: null is last
         part = dice.choice(options) if depth < 5 else options[-1]
         return placeholder(part, dice, root, depth + 1)
@@ -736,12 +795,10 @@ def start_offline_server(latency: float, load: Counter[str]) -> str:
                 dice = random.Random(body["input"])  # same message, same answer
                 schema = body["text"]["format"]["schema"]
                 text = json.dumps(placeholder(schema, dice, schema))
-                usage = dict(zip(TOKENS, (size // 4, len(text) // 4)))
                 part = {"type": "output_text", "text": text}
-                output = [{"type": "message", "content": [part]}]
-                content = to_line(
-                    {"model": "offline", "output": output, "usage": usage}
-                )
+                reply: Row = {"output": [{"type": "message", "content": [part]}]}
+                reply |= {"usage": dict(zip(TOKENS, (size // 4, len(text) // 4)))}
+                content = to_line(reply | {"model": "offline"})
                 await asyncio.sleep(latency * dice.lognormvariate(0, 0.3))
                 load["in flight"] -= 1
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
@@ -756,6 +813,10 @@ def start_offline_server(latency: float, load: Counter[str]) -> str:
 
 
 # --- 6. Command line ------------------------------------------------------------------
+LAYOUT = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}, {rate_fmt} {bar}"
+LOOK: dict[str, Any] = {"unit": "msg", "bar_format": LAYOUT}  # the bar fills the rest
+
+
 def parse_args(argv: list[str] | None, **given: Any) -> argparse.Namespace:
     """The command line. Exits with status 2 and one line where it is wrong."""
     form = argparse.RawDescriptionHelpFormatter
@@ -767,11 +828,11 @@ def parse_args(argv: list[str] | None, **given: Any) -> argparse.Namespace:
     add("input", metavar="INPUT", help=".txt: a message a line; .jsonl; .csv; -: stdin")
     add("output", metavar="OUTPUT", help="the results, JSON Lines")
     for name, metavar, default, text in (
-        ("--field", "NAME", "text", "which field of .jsonl or .csv is the message"),
-        ("--model", "NAME", MODEL, "the model to ask"),
-        ("--concurrency", "N", CONCURRENCY, "most requests in flight"),
-        ("--timeout", "S", TIMEOUT, "seconds for one attempt"),
-        ("--max-attempts", "N", MAX_ATTEMPTS, "tries for one message"),
+        ("--field", "NAME", "text", "field of .csv or .jsonl to ask about (text)"),
+        ("--model", "NAME", MODEL, "the model to ask (%(default)s)"),
+        ("--concurrency", "N", CONCURRENCY, "most requests in flight (%(default)s)"),
+        ("--timeout", "S", TIMEOUT, "seconds for one attempt (%(default)s)"),
+        ("--max-attempts", "N", MAX_ATTEMPTS, "tries for one message (%(default)s)"),
         ("--limit", "N", sys.maxsize, "only the first N: a pilot, with an estimate"),
         ("--max-cost", "USD", sys.float_info.max, "stop before this run costs more"),
         ("--shard", "K/N", "1/1", "only every N-th message, from the K-th"),
@@ -799,40 +860,6 @@ def parse_args(argv: list[str] | None, **given: Any) -> argparse.Namespace:
     return args
 
 
-def connect(args: argparse.Namespace) -> openai.AsyncOpenAI:
-    """A client of the API or of the stand-in. Raises StopRun if there can be none."""
-    files = args.concurrency * (1 + args.offline) + 50
-    if sys.platform != "win32":
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if files > hard != resource.RLIM_INFINITY:
-            raise StopRun(f"--concurrency: needs {files} files, ulimit -Hn is {hard}")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
-    url = start_offline_server(0.4, Counter()) if args.offline else None
-    return new_client(args.concurrency, url)
-
-
-async def attend(throttle: Throttle, bar: Any, sync: Callable[[], object]) -> None:
-    """Twice a second: how it goes, to the bar, and what was written, to the disk."""
-    for beat in itertools.count(1):
-        await asyncio.sleep(0.5)
-        counts = throttle.counts
-        status = (
-            f"{counts['rows'] - counts['ok']} errors, {throttle.in_flight} in flight"
-        )
-        status += f", ${throttle.paid:.2f}" if throttle.paid else ""
-        if (wait := throttle.until - time.monotonic()) > 0.5:
-            status += f", {throttle.why}, {wait:.0f} s"
-        bar.set_postfix_str(status)
-        if bar.disable and beat % 60 == 0:  # no terminal: a line now and then
-            say(f"{bar.n + counts['rows']:,} of {bar.total:,} rows, {status}")
-        try:
-            await asyncio.to_thread(sync)
-        except (StopRun, OSError) as reason:
-            throttle.stop(reason)
-
-
 async def answer_all(
     messages: Iterable[str],
     *,
@@ -845,70 +872,43 @@ async def answer_all(
     `await answer_all(texts)`. Raises StopRun."""
     given = {"model": model, "concurrency": concurrency, "timeout": timeout}
     args, rows = parse_args(["-", "-"], offline=offline, **given), list[Row]()
-    throttle = Throttle(args, connect(args))
     texts = ((n, t) for n, t in enumerate(messages, 1) if isinstance(t, str))
     numbered = ({"line": n, "text_message": t} for n, t in texts if t.strip())
-    total = operator.length_hint(messages) or None  # None where it is not known
-    with tqdm(total=total, unit="msg") as bar:
-        watch = asyncio.create_task(attend(throttle, bar, bool))
-        try:
-            await answer_each(numbered, throttle, rows.append, bar)
-        finally:
-            watch.cancel()
-    return sorted(rows, key=operator.itemgetter("line"))
+    total = len(messages) if isinstance(messages, Sized) else None
+    with tqdm(total=total, **LOOK) as bar:
+        throttle = Throttle(args, new_client(args))
+        await answer_each(numbered, throttle, bar, rows.append)
+    return sorted(rows, key=lambda row: row["line"])
 
 
-async def answer_file(
-    queue: Any, results: Results, throttle: Throttle, bar: Any
-) -> None:
-    """Answers all messages into OUTPUT. The first Ctrl-C lets those in flight land."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-
-    def interrupt() -> None:
-        if throttle.stopping.is_set() and task:
-            task.cancel()
-        throttle.stop(KeyboardInterrupt())
-        say(f"waiting for {throttle.in_flight} in flight; Ctrl-C again to stop now")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
-    watch = asyncio.create_task(attend(throttle, bar, results.sync))
-    try:
-        await answer_each(queue, throttle, results.add, bar)
-    finally:
-        watch.cancel()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)
-
-
-def summarize(throttle: Throttle, gone: int, left: int) -> Iterator[str]:
+def summarize(throttle: Throttle, gone: int, left: int) -> str:
     """The closing lines; for `left` messages, not asked yet, what they may take."""
-    counts, usd = throttle.counts, any(throttle.args.prices)
-    took, rows = time.monotonic() - throttle.started, max(1, counts["rows"])
+    outcomes, used = throttle.outcomes, [throttle.usage[name] for name in TOKENS]
+    rows, priced = outcomes.total(), any(throttle.args.prices)
     times = sorted(throttle.latencies) or [0.0]
-    median, slow = times[len(times) // 2], times[-len(times) // 20]
-    failed = counts["rows"] - counts["ok"]
-    yield f"rows     {counts['ok']:,} answered, {failed:,} errors"
-    yield f"tokens   {counts[TOKENS[0]]:,} in, {counts[TOKENS[1]]:,} out"
-    if usd:
-        yield f"cost     {throttle.paid:.4f} USD"
-    yield f"time     {took:.1f} s, {counts['rows'] / took:.1f} rows/s"
-    yield f"latency  median {median:.2f} s, 95 % within {slow:.2f} s"
-    if throttle.waited:
-        yield f"limits   refused {throttle.refusals:,}, waited {throttle.waited:.1f} s"
-    if lost := sum(bool(row["response"]) for row in throttle.held):
-        yield f"lost     {lost:,} answers that could not be written"
-    if gone:
-        yield f"kept     {gone:,} rows whose message is no longer in INPUT"
-    if left:
-        more, off = left / rows, 2 / math.sqrt(rows)
-        tokens, cost = sum(counts[name] for name in TOKENS), throttle.paid * more
-        fast, slow = median * left / throttle.args.concurrency, took * more  # seconds
-        show = tqdm.format_interval
-        yield f"to come  {left:,} rows, about {tokens * more:,.0f} tokens"
-        if usd:
-            yield f"         {cost * max(0, 1 - off):.2f} to {cost * (1 + off):.2f} USD"
-        yield f"         {show(fast)} to {show(slow)} min"
+    median, late = times[len(times) // 2], times[-len(times) // 20]
+    took = time.monotonic() - throttle.started
+    lost = sum(bool(row["response"]) for row in throttle.held)
+    # What is to come is so many times what was seen, give or take so much of it.
+    more, off = (left / rows, 2 / math.sqrt(rows)) if rows else (0.0, 0.0)
+    low, high = max(0, 1 - off) * more * throttle.paid, (1 + off) * more * throttle.paid
+    seconds = median * left / throttle.args.concurrency, took * more
+    fast, slow = map(tqdm.format_interval, seconds)
+    table = {
+        "rows": ", ".join(f"{n:,} {kind}" for kind, n in outcomes.items()),
+        "tokens": f"{used[0]:,} in, {used[1]:,} out",
+        "cost": f"{throttle.paid:.4f} USD" if priced else "",
+        "time": f"{took:.1f} s, {rows / took:.1f} rows/s",
+        "latency": f"median {median:.2f} s, 95 % within {late:.2f} s",
+        "limits": f"refused {throttle.refusals:,}, waited {throttle.waited:.1f} s",
+        "lost": f"{lost:,} answers that could not be written" if lost else "",
+        "kept": f"{gone:,} rows whose message is no longer in INPUT" if gone else "",
+        "to come": f"{left:,} rows, {sum(used) * more:,.0f} tokens" if more else "",
+        "for": f"{low:.2f} to {high:.2f} USD" if more and priced else "",
+        "in": f"{fast} to {slow} min" if more else "",
+        "by": "the same command without --limit" if left else "",
+    }
+    return "\n".join(f"{name:8} {text}" for name, text in table.items() if text)
 
 
 def run(args: argparse.Namespace, source: Path, output: Path) -> int:
@@ -921,39 +921,36 @@ def run(args: argparse.Namespace, source: Path, output: Path) -> int:
         raise StopRun(f"{source}: no message in it")
     if output.exists() and (not output.is_file() or output.samefile(source)):
         raise StopRun(f"{output}: no plain file, or INPUT itself; choose another")
-    throttle = Throttle(args, connect(args))
-    results = Results(output, args.settings, args.restart)
+    api, results = new_client(args), Results(output, args.settings, args.restart)
     with results.file:
         todo = bytearray(offset < 0 for offset in results.match(keys)[0])
         left = sum(todo[args.limit :])
         del todo[args.limit :]
         messages, done = itertools.compress(read(), todo), len(todo) - sum(todo)
+        throttle = Throttle(args, api)
         gc.freeze()  # what is there by now will stay: no collection needs to look at it
         try:
-            with tqdm(total=len(todo), initial=done, unit="msg", disable=None) as bar:
-                if any(todo):
-                    asyncio.run(answer_file(messages, results, throttle, bar))
-        except asyncio.CancelledError:
-            raise KeyboardInterrupt from None
+            with tqdm(total=len(todo), initial=done, disable=None, **LOOK) as bar:
+                keep, sync = results.add, results.sync
+                asyncio.run(answer_each(messages, throttle, bar, keep, sync))
         finally:
             try:
                 results.order(read(), keys)
             finally:
-                say("\n".join(summarize(throttle, len(results.gone), left)))
-    return 1 if throttle.counts["ok"] < throttle.counts["rows"] else 0
+                say(summarize(throttle, len(results.gone), left))
+    return 1 if throttle.outcomes["answered"] < throttle.outcomes.total() else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(args.input)
             if args.input == "-":
-                source = Path(folder, "stdin.txt")
-                with open(source, "wb") as file:
-                    shutil.copyfileobj(sys.stdin.buffer, file)
+                source = copy_stdin(Path(folder, "stdin.txt"))
             line, status = "", run(args, source, Path(args.output))
     except StopRun as stop:
         line, status = f"{stop}\n", 2

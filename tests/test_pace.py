@@ -178,6 +178,14 @@ def test_rate_limit(
     assert limit.refused <= (0.05 if headers else 0.25) * server.total
 
 
+def test_larger_than_the_limit_is_a_row(server: Server, run: Runner) -> None:
+    """What is refused for ever, while others are answered, does not hold up the end."""
+    result = run(["Large. [429:retry-after-ms=1]", *plain(60)], "--max-attempts", "2")
+    assert (result.code, len(result.rows)) == (1, 61)
+    assert result.rows[0]["error"]["type"] == "rate_limit"
+    assert server.count("Large.") > 30
+
+
 def test_token_limit(server: Server, run: Runner) -> None:
     """Within a limit of tokens all is answered, long messages and short."""
     limit = TokenLimit(20_000, 4_000, headers=True)
@@ -300,7 +308,8 @@ def fed(*headers: tuple[str | None, ...]) -> async_template.Mirror:
     mirror = async_template.Mirror("requests")
     for values in headers:
         known = {name: value for name, value in zip(NAMES, values) if value is not None}
-        mirror.read(known, time.monotonic(), mirror.spent, 1.0)
+        reply = async_template.Reply(headers=known)
+        mirror.read(reply, time.monotonic(), mirror.spent, 1.0)
     return mirror
 
 

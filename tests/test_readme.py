@@ -67,7 +67,7 @@ def test_error_types_are_those_of_the_code() -> None:
     """Every type named in README is made somewhere, and none is left out."""
     text = README.split("`error.type` is one of")[1].split("`settings`")[0]
     named = set(re.findall(r"`(\w+)`", text))
-    assert all(f'"{kind}"' in SOURCE for kind in named) and len(named) == 9
+    assert all(f'"{kind}"' in SOURCE for kind in named) and len(named) == 10
 
 
 @pytest.mark.parametrize("code", blocks("python")[:1])
@@ -87,6 +87,14 @@ def test_dependencies_are_stated_once() -> None:
     stated = re.findall(r"^# dependencies = (\[.*\])$", SOURCE, re.MULTILINE)
     wanted = (ROOT / "requirements.txt").read_text("utf-8").split()
     assert json.loads(stated[0]) == wanted
+
+
+def test_oldest_packages_are_tested() -> None:
+    """The workflow has a run with the lower bounds of requirements.txt."""
+    workflow = next((ROOT / ".github/workflows").glob("*.yml")).read_text("utf-8")
+    wanted = (ROOT / "requirements.txt").read_text("utf-8")
+    for name, least in re.findall(r"(?m)^(\w+).*>=([\d.]+)", wanted):
+        assert f"{name}=={least}" in workflow
 
 
 def test_readme_is_short() -> None:
