@@ -45,7 +45,7 @@ import tempfile
 import threading
 import time
 from array import array
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from functools import partial
@@ -275,7 +275,7 @@ class Mirror:
     at: float = 0.0  # when the request was sent whose reply told the latest news
     spent: float = 0.0  # by this run
     limit: float = 0.0  # as the headers name it; 0 where there were none
-    margin: float = 2.0  # how many requests to leave room for: others may spend as well
+    margin: float = 1.0  # how many requests to leave room for: others may spend as well
 
     def wait(self, cost: float) -> float:
         """Seconds until there is room for a request of that cost; 0 if there is."""
@@ -506,7 +506,7 @@ def describe(throttle: Throttle) -> str:
     return status + (f", ${throttle.paid:.2f}" if throttle.paid else "")
 
 
-async def attend(throttle: Throttle, bar: Any, sync: Callable[[], object]) -> None:
+async def attend(throttle: Throttle, bar: Any, sync: Any) -> None:
     """At every BEAT: how it goes, to the bar, and what was written, to the disk."""
     for beat in itertools.count(1):
         await asyncio.sleep(BEAT)
@@ -515,7 +515,7 @@ async def attend(throttle: Throttle, bar: Any, sync: Callable[[], object]) -> No
             done = bar.n + throttle.outcomes.total()
             say(f"{done:,} of {bar.total:,} rows, {describe(throttle)}")
         try:
-            await asyncio.to_thread(sync)
+            await asyncio.to_thread(sync or bool)
         except (StopRun, OSError) as reason:
             throttle.stop(reason)
 
@@ -536,7 +536,7 @@ def settle(throttle: Throttle, bar: Any, keep: Callable[[Row], object]) -> None:
 
 
 async def answer_each(
-    queue: Iterator[Row], throttle: Throttle, bar: Any, keep: Any, sync: Any = bool
+    queue: Iterator[Row], throttle: Throttle, bar: Any, keep: Any, sync: Any = None
 ) -> None:
     """Answers all messages; `keep` gets each row, `sync` is called now and then. Raises
     what stopped it. The first Ctrl-C lets those in flight land."""
@@ -559,9 +559,10 @@ async def answer_each(
         try:
             await asyncio.wait(workers)
         except asyncio.CancelledError:
-            throttle.stop(KeyboardInterrupt())
-            say(f"waiting for {throttle.in_flight} in flight; Ctrl-C again to stop now")
-            await asyncio.wait(workers)
+            if sync:  # in a notebook nothing would keep what they bring
+                throttle.stop(KeyboardInterrupt())
+                say(f"waiting for {throttle.in_flight} in flight; Ctrl-C again to stop")
+                await asyncio.wait(workers)
             raise
         watch.cancel()
     if throttle.stopping.is_set():
@@ -700,47 +701,59 @@ class Results:
                 yield offset, key, answered
                 offset += len(line)
 
-    def match(self, keys: array[int]) -> tuple[array[int], dict[int, int]]:
-        """Offsets of rows: of the answer to each message, known by the hash of its text
-        (-1: none), and of the last error of each text."""
-        where, following = array("q", [-1]) * len(keys), array("q", keys)
-        first, errors, self.gone = dict[int, int](), dict[int, int](), []
-        for n in reversed(range(len(keys))):
-            following[n] = first.get(keys[n], -1)  # the next message with the same text
-            first[keys[n]] = n
+    def load(self) -> None:
+        """Notes where the rows are: of each text, by its hash, all answers and the last
+        error."""
+        self.answers, self.errors = dict[int, int](), dict[int, int]()
+        self.others = defaultdict[int, deque[int]](deque)  # of texts that come again
         for offset, key, answered in self.scan():
-            if not answered and key in first:
-                errors[key] = offset
-            elif (n := first.get(key, -1)) >= 0:
-                where[n], first[key] = offset, following[n]
+            if not answered:
+                self.errors[key] = offset
+            elif key in self.answers:
+                self.others[key].append(offset)
             else:
-                self.gone.append(offset)
-        if self.gone and not errors and max(where) < 0:
+                self.answers[key] = offset
+
+    def take(self, key: int) -> int:
+        """The offset of the next answer to that text; -1 where none is left."""
+        offset = self.answers.pop(key, -1)
+        if self.others.get(key):
+            self.answers[key] = self.others[key].popleft()
+        return offset
+
+    def missing(self, keys: array[int]) -> bytearray:
+        """For each message, by the hash of its text, 1 if it has no answer, else 0."""
+        self.load()
+        known = (key in self.answers or key in self.errors for key in keys)
+        if (self.answers or self.errors) and not any(known):
             raise StopRun(f"{self.path} answers other messages: choose another OUTPUT")
-        return where, errors
+        return bytearray(self.take(key) < 0 for key in keys)
 
-    def in_order(self, messages: Iterable[Row], keys: array[int]) -> Iterator[bytes]:
+    def in_order(self, messages: Iterable[Row]) -> Iterator[bytes]:
         """The rows in INPUT's order, with its lines and fields; the others behind."""
-        where, errors = self.match(keys)
-        messages = itertools.chain(messages, itertools.repeat({"text_message": None}))
-        with open(self.path, "rb") as old:
-            for message, key, offset in zip(messages, keys, where):
-                if hash(message["text_message"]) != key:
-                    raise StopRun("INPUT was changed during the run: run it again")
-                if (place := errors.get(key, -1) if offset < 0 else offset) >= 0:
-                    old.seek(place)
-                    yield to_line(from_json(old.readline()) | message)
-            for place in self.gone:
-                old.seek(place)
-                yield old.readline()
+        self.load()
+        strange = dict(self.errors)  # those of no message
+        with open(self.path, "rb") as file:
+            for message in messages:
+                key = hash(message["text_message"])
+                strange.pop(key, None)
+                if (offset := self.take(key)) < 0:
+                    offset = self.errors.get(key, -1)
+                if file.seek(max(0, offset)) == offset:
+                    yield to_line(from_json(file.readline()) | message)
+            answers = itertools.chain(self.answers.values(), *self.others.values())
+            self.gone = sorted([*strange.values(), *answers])
+            for offset in self.gone:
+                file.seek(offset)
+                yield file.readline()
 
-    def order(self, messages: Iterable[Row], keys: array[int]) -> None:
+    def order(self, messages: Iterable[Row]) -> None:
         """Puts OUTPUT in INPUT's order, in one atomic step."""
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
             os.fsync(self.file.fileno())
             with open(temporary, "wb") as new:
-                new.writelines(self.in_order(messages, keys))
+                new.writelines(self.in_order(messages))
                 new.flush()
                 os.fsync(new.fileno())
             if not filecmp.cmp(self.path, temporary, shallow=False):
@@ -923,7 +936,7 @@ def run(args: argparse.Namespace, source: Path, output: Path) -> int:
         raise StopRun(f"{output}: no plain file, or INPUT itself; choose another")
     api, results = new_client(args), Results(output, args.settings, args.restart)
     with results.file:
-        todo = bytearray(offset < 0 for offset in results.match(keys)[0])
+        todo = results.missing(keys)
         left = sum(todo[args.limit :])
         del todo[args.limit :]
         messages, done = itertools.compress(read(), todo), len(todo) - sum(todo)
@@ -935,7 +948,7 @@ def run(args: argparse.Namespace, source: Path, output: Path) -> int:
                 asyncio.run(answer_each(messages, throttle, bar, keep, sync))
         finally:
             try:
-                results.order(read(), keys)
+                results.order(read())
             finally:
                 say(summarize(throttle, len(results.gone), left))
     return 1 if throttle.outcomes["answered"] < throttle.outcomes.total() else 0

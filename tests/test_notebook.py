@@ -83,5 +83,9 @@ def test_interrupt_leaves_a_usable_kernel(kernel: Kernel, server: Server) -> Non
     """The kernel's stop button ends a call that hangs; the next call works."""
     cell = "import os; os.environ.update(OPENAI_BASE_URL={!r}, OPENAI_API_KEY='k' * 9)"
     kernel.run(cell.format(server.url))
-    assert [*kernel.outputs("await answer_all(['[hang]'] * 3)", interrupt=server)]
+    assert [
+        *kernel.outputs(
+            "await answer_all(['[hang]'] * 3, timeout=3600)", interrupt=server
+        )
+    ]
     assert "'2\\n'" in kernel.run("print(len(await answer_all(['a', 'b'])))")
