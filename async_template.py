@@ -12,7 +12,7 @@
 Each message becomes one line of OUTPUT, on disk as soon as it is answered:
   {"line": 1, "text_message": "The service here is very good!", "response": {"score":
   0.9, "explanation": "..."}, "error": null, "model": "gpt-4.1-mini-2025-04-14",
-  "usage": {"input_tokens": 131, "output_tokens": 24}, "settings": "3f9a1c2b"}
+  "usage": {"input_tokens": 131, "output_tokens": 24}, "settings": "a3f9a1c2"}
 
 Exit status: 0 every message has an answer; 1 some have an error row, and the same
 command retries just those; 2 not started or stopped, a line says why; 130 interrupted.
@@ -46,7 +46,7 @@ import threading
 import time
 from array import array
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,7 +90,7 @@ TIMEOUT = 30.0  # seconds for one attempt; more for a slow local model
 MAX_ATTEMPTS = 5  # tries for one message; waiting for a rate limit is not a try
 
 # --- 2. One message, one call ---------------------------------------------------------
-Row = dict[str, Any]  # a message {"line", "text_message"}; with its answer, of OUTPUT
+Row = dict[str, Any]  # a message: line and text_message; with its answer a row
 TOKENS = ("input_tokens", "output_tokens")
 TROUBLE = ("timeout", "connection", "server_error", "bad_response")  # is it down?
 RETRIED = (*TROUBLE, "rate_limit", "invalid_answer")  # the same may succeed later
@@ -102,14 +102,14 @@ class StopRun(Exception):
 
 @dataclass
 class Reply:
-    """What one call brought: a response, or the type and message of an error row."""
+    """What came of one call: a response, or the type and message of an error."""
 
     error: str = ""
     message: str = ""
-    status: int = 200  # of HTTP; 0 where no reply came
+    status: int = 0  # of an HTTP error
     headers: Any = None
     wait: float = 0.0  # seconds that the server asks for
-    doubtful: bool = False  # a rejection that may be due to the settings
+    doubtful: bool = False  # rejected, perhaps for the settings and not the message
     model: str | None = None
     usage: dict[str, int] | None = None  # by the names in TOKENS
     response: Row | None = None
@@ -140,7 +140,7 @@ def new_client(args: argparse.Namespace) -> openai.AsyncOpenAI:
             raise StopRun(f"--concurrency: needs {files} files, ulimit -Hn is {hard}")
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
     # aiohttp takes 40 % less CPU than the default transport. The SDK's own timeout is
-    # off: it is for each read, so that a body that trickles in never meets it.
+    # off: it starts anew at every read, and an answer that trickles in never meets it.
     limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=args.concurrency)
     http = openai.DefaultAioHttpClient(limits=limits, trust_env=not args.offline)
     rest: dict[str, Any] = {"max_retries": 0, "timeout": None, "http_client": http}
@@ -172,14 +172,14 @@ async def call(api: openai.AsyncOpenAI, args: argparse.Namespace, text: str) -> 
         reply = read_body(raw.content)
         reply.headers = raw.headers
     except TimeoutError:
-        reply = Reply("timeout", f"no answer within {args.timeout:g} s", 0)
+        reply = Reply("timeout", f"no answer within {args.timeout:g} s")
     except openai.APIStatusError as error:
         reply = read_error(error, args.model)
         asked = api._parse_retry_after_header(reply.headers) or 0.0
         reply.wait = max(0.0, min(asked, 1e6))  # neither nan nor inf
     except (openai.APIConnectionError, aiohttp.ClientError) as error:
         cause = error.__cause__ or error
-        reply = Reply("connection", str(cause.__cause__ or cause), 0)
+        reply = Reply("connection", str(cause.__cause__ or cause))
     # A server may quote the key that it was sent: no row and no line may show it.
     said = reply.message.replace(api.api_key if len(api.api_key) > 7 else "\0", "[key]")
     reply.message = " ".join(said.split())[:300].encode(errors="replace").decode()
@@ -189,10 +189,8 @@ async def call(api: openai.AsyncOpenAI, args: argparse.Namespace, text: str) -> 
 
 
 def read_body(content: bytes) -> Reply:
-    """The reply in the body of a 200; other servers leave out much of what OpenAI has.
-
-    https://platform.openai.com/docs/api-reference/responses/object
-    """
+    """The reply in the body of a 200; other servers leave out much of what OpenAI has:
+    https://platform.openai.com/docs/api-reference/responses/object"""
     try:
         body = from_json(content, allow_inf_nan=False)
         items = [i for i in body["output"] or () if i.get("phase") != "commentary"]
@@ -204,20 +202,18 @@ def read_body(content: bytes) -> Reply:
     except (ValueError, LookupError, TypeError, AttributeError):
         start = content[:4000].decode(errors="replace")
         return Reply("bad_response", f"not from the Responses API: {start!r}")
-    model, status = body.get("model"), body.get("status")
+    model, status = body.get("model"), str(body.get("status"))
     reply = Reply(model=model if isinstance(model, str) else None)
     if all(isinstance(number, int) for number in used.values()):
         reply.usage = {name: max(0, number) for name, number in used.items()}
-    reply.error = "refusal" if refusal else ""
-    if status in ("failed", "cancelled"):
-        reply.error = "server_error"
-    elif status == "incomplete":
-        reply.error = "content_filter" if why == "content_filter" else "incomplete"
+    cut = "content_filter" if why == "content_filter" else "incomplete"
+    kinds = {"failed": "server_error", "cancelled": "server_error", "incomplete": cut}
+    reply.error = kinds.get(status, "refusal" if refusal else "")
     reply.message = " ".join(map(str, refusal)) or f"{status}: {why}"
     if not reply.error:
         try:
             answer = SCHEMA.model_validate_json(text).model_dump(mode="json")
-            reply.response = answer if to_line(answer) else None  # no NaN
+            reply.response = answer if to_line(answer) else None  # raises for NaN
         except ValueError as error:
             reply.error = "invalid_answer"
             reply.message, _, _ = str(error).partition("For further information")
@@ -225,10 +221,8 @@ def read_body(content: bytes) -> Reply:
 
 
 def read_error(error: openai.APIStatusError, model: str) -> Reply:
-    """The reply for an HTTP error, of type "stop" where no other call can do better.
-
-    https://platform.openai.com/docs/guides/error-codes
-    """
+    """The reply for an HTTP error, of type "stop" where no other call can do better:
+    https://platform.openai.com/docs/guides/error-codes"""
     status, names = error.status_code, {error.code, error.type}
     param = error.param if isinstance(error.param, str) else ""
     setting = re.split(r"[.\[]", param)[0]
@@ -250,9 +244,8 @@ def read_error(error: openai.APIStatusError, model: str) -> Reply:
     kind = "content_filter" if "content_filter" in names else kind
     said = error.body.get("message") if isinstance(error.body, dict) else None
     message = f"{advice}{advice and ': '}status {status}, {said or error.message}"
-    reply = Reply(kind, message, status, error.response.headers)
-    reply.doubtful = kind == "bad_request" and not about_input
-    return reply
+    doubtful = kind == "bad_request" and not about_input
+    return Reply(kind, message, status, error.response.headers, doubtful=doubtful)
 
 
 # --- 3. Many at a time ----------------------------------------------------------------
@@ -264,15 +257,14 @@ BEAT = 0.5  # seconds between two looks at how it goes, and between two fsyncs
 
 @dataclass
 class Mirror:
-    """What the server has left of a limit: `left` at the time `seen`, growing by `rate`
-    a second up to `full`. No limit until one is known."""
+    """What the server has left of a limit: `left` at the time `seen`, and growing."""
 
     name: str  # "requests" or "tokens", as in the headers
     left: float = math.inf
-    full: float = math.inf
-    rate: float = 0.0
+    full: float = math.inf  # the most that can be left; inf: no limit is known
+    rate: float = 0.0  # by which `left` grows, a second
     seen: float = 0.0
-    at: float = 0.0  # when the request was sent whose reply told the latest news
+    at: float = 0.0  # when the request was sent whose reply is the latest news
     spent: float = 0.0  # by this run
     limit: float = 0.0  # as the headers name it; 0 where there were none
     margin: float = 1.0  # how many requests to leave room for: others may spend as well
@@ -293,24 +285,21 @@ class Mirror:
         return self.spent
 
     def read(self, reply: Reply, at: float, spent: float, cost: float) -> None:
-        """Takes what the reply to a request of that `cost`, sent `at`, says is left.
-
-        https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers
-        """
+        """Takes over what the reply to a request sent `at` that time says is left:
+        https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers"""
         units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-        headers = reply.headers
         try:
-            limit = float(headers[f"x-ratelimit-limit-{self.name}"])
-            left = float(headers[f"x-ratelimit-remaining-{self.name}"])
-            reset = headers[f"x-ratelimit-reset-{self.name}"]  # 6m0s, 1s, 120ms
+            limit = float(reply.headers[f"x-ratelimit-limit-{self.name}"])
+            left = float(reply.headers[f"x-ratelimit-remaining-{self.name}"])
+            reset = reply.headers[f"x-ratelimit-reset-{self.name}"]  # 6m0s, 1s, 120ms
             pairs = re.findall(r"([0-9.]+)(ms|[dhms])", reset)
             back = sum(float(number) * units[unit] for number, unit in pairs)
         except (KeyError, ValueError, TypeError):
             return
         if at < self.at or not all(0 < x < math.inf for x in (limit, left + 1, back)):
             return
-        # In `back` seconds all is there again. All is mostly `limit`, for a minute or a
-        # day; where it is less, and back sooner, it is the most that was ever left.
+        # In `back` seconds it is full. Full is mostly `limit`, for a minute or a day;
+        # where all of that is back within 30 s, full is the most that was ever left.
         most = self.full if limit == self.limit else 0.0
         whole = back * limit / (limit - left) if left < limit else 0.0
         self.full = limit if whole >= 30 else max(most, left + cost)
@@ -327,33 +316,32 @@ async def pause(until: asyncio.Event, seconds: float) -> None:
 
 
 class Throttle:
-    """Says when the next request may start, and learns from every reply.
-
-    A request needs a slot, no brake on, and room in the mirrors of the server's limits.
-    The window of slots grows while the server keeps up, and is cut when not (AIMD).
-    """
+    """Says when the next request may start, and learns from every reply. A request
+    needs a slot, no brake on, and room in the mirrors of the server's limits. The
+    window of slots grows while the server keeps up, and is cut when not (AIMD)."""
 
     def __init__(self, args: argparse.Namespace, api: openai.AsyncOpenAI) -> None:
         self.args, self.api, self.slots = args, api, asyncio.Semaphore(args.concurrency)
         self.turnstile, self.landed = asyncio.Lock(), asyncio.Event()
         self.stopping, self.reason = asyncio.Event(), BaseException()
         self.started = self.alive_at = self.last_cut = now = time.monotonic()
-        self.full_at = self.brake_until = self.until = now
+        self.full_at = self.brake_until = self.until = now  # until: the next may start
         # Before the first answer nobody knows what one costs.
         self.window = 1.0 if args.capped else float(min(START, args.concurrency))
-        self.in_flight, self.fast, self.why, self.waited = 0, True, "", 0.0
+        self.in_flight, self.fast, self.why = 0, True, "rate limited"  # fast: doubling
+        self.waited = 0.0  # seconds with a brake on
         self.mirrors = self.requests, self.tokens = Mirror("requests"), Mirror("tokens")
         self.density = 0.3  # tokens per character; soon up, slowly down
-        self.paid = self.booked = self.dearest = 0.0  # USD; in flight; per character
-        self.pace, self.marked = 0.0, (now, 0.0)  # a second; when, how many by then
-        self.answered, self.failures, self.refusals = "", 0, 0  # a message; in a row
+        self.paid = self.booked = self.dearest = 0.0  # USD: all, in flight, a character
+        self.pace, self.marked = 0.0, (now, 0.0)  # let through a second; at last 429
+        self.answered, self.failures, self.refusals = "", 0, 0  # text; in a row; in all
         self.held = list[Row]()  # not written yet
         self.outcomes, self.usage = Counter(answered=0), Counter[str]()  # of the rows
         self.latencies = deque[float](maxlen=10_000)
 
     @property
     def down(self) -> bool:
-        """Whether the server that answered does so no more."""
+        """Whether the server has answered before, and now fails every request."""
         return bool(self.answered) and self.failures >= 5
 
     async def send(self, text: str) -> Reply:
@@ -363,7 +351,7 @@ class Throttle:
                 if wait:
                     await pause(self.landed, wait)
                     self.landed.clear()
-                else:  # or to blame are messages: ask one answered before
+                else:  # or is it these messages? ask one that was answered before
                     await self.attempt(self.answered)
         return await self.attempt(text)
 
@@ -371,16 +359,16 @@ class Throttle:
         """Seconds until the next request may start; 0 if it may now. Raises StopRun."""
         if len(self.held) >= 5 and not (self.answered or self.in_flight):
             why = self.held[-1]["error"]["message"]
-            self.stop(StopRun(f"the first messages all failed: {why}"))
+            raise StopRun(f"the first all failed, check part 1 and the server: {why}")
         now, size = time.monotonic(), len(text) + 1000
         short = self.paid + self.booked + self.dearest * size > self.args.max_cost
         if short and not self.in_flight:
-            self.stop(StopRun(f"--max-cost reached, {self.paid:.4f} USD spent"))
+            raise StopRun(f"--max-cost reached, {self.paid:.4f} USD spent")
         waits = self.requests.wait(1.0), self.tokens.wait(size * self.density)
         wait = max(0.0, self.brake_until - now, *waits)
         if wait > PATIENCE and not self.in_flight:
-            then = time.asctime(time.localtime(time.time() + wait))
-            self.stop(StopRun(f"the limit is used up until {then}: run it again then"))
+            then = time.ctime(time.time() + wait)
+            raise StopRun(f"the limit is used up until {then}: run it again then")
         if self.stopping.is_set():
             raise StopRun
         if short or self.in_flight >= max(1, int(self.window) - len(self.held)):
@@ -404,7 +392,7 @@ class Throttle:
         if reply.usage:
             dense = sum(reply.usage.values()) / size
             self.density = max(dense, self.density + 0.1 * (dense - self.density))
-            used = zip(self.args.prices, reply.usage.values())
+            used = zip(self.args.prices or (0, 0), reply.usage.values())
             paid = sum(price * tokens for price, tokens in used) / 1e6
             self.paid, self.dearest = self.paid + paid, max(self.dearest, paid / size)
         elif self.args.capped and reply.response:
@@ -424,8 +412,7 @@ class Throttle:
         return reply
 
     def slow_down(self, reply: Reply, sent: float) -> None:
-        """Cuts the window, and brakes all; once an episode: what was sent before the
-        last cut is no news."""
+        """Brakes all and cuts the window, once for all that was sent before the cut."""
         now, news = time.monotonic(), sent >= self.last_cut
         quiet, refused = now - self.alive_at, reply.status == 429
         self.refusals += refused
@@ -435,7 +422,7 @@ class Throttle:
         if refused:
             why, through = "rate limited", self.requests.spent - self.refusals
             if news and through - self.marked[1] >= 5:
-                # The bucket was empty then and is now: what went through is its rate.
+                # Used up then and used up now: what went through since is the rate.
                 found = (through - self.marked[1]) / (now - self.marked[0])
                 self.pace, self.marked = max(0.85 * self.pace, found), (now, through)
             least = self.pace * sum(self.latencies) / max(1, len(self.latencies))
@@ -450,8 +437,7 @@ class Throttle:
             self.window = min(self.args.concurrency, max(1.0, cut, least))
             self.last_cut, self.fast = now, self.down
             if quiet > PATIENCE + self.args.timeout:
-                said = f"{why}, no answer for {quiet:.0f} s: run it again later"
-                self.stop(StopRun(said))
+                raise StopRun(f"{why}, no answer for {quiet:.0f} s: run it again later")
         wait = reply.wait or random.uniform(0.1, 0.2) * min(60.0, rest) * news
         until = now + wait * random.uniform(1, 1.1)  # other runs wait as well
         self.waited += max(0.0, until - max(now, self.brake_until))
@@ -474,13 +460,13 @@ async def ask(throttle: Throttle, row: Row) -> Row:
         reply = await throttle.send(row["text_message"])
         usage.update(reply.usage or {})
         refusals += reply.status == 429
-        # What is refused for ever, while others are not, is larger than the limit.
+        # Refused again and again while others are answered: larger than the limit.
         refused = refusals > 30 and throttle.alive_at > began
         excused = throttle.down or (reply.error == "rate_limit" and not refused)
         attempts += not excused
         if reply.error not in RETRIED or attempts >= throttle.args.max_attempts:
             break
-        if not excused:  # full jitter, without a slot, until the run stops:
+        if not excused:  # back off with full jitter; waiting holds no slot
             # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
             longest = min(60.0, BACKOFF * 2 ** min(attempts, 10))
             await pause(throttle.stopping, random.uniform(0, longest))
@@ -497,13 +483,12 @@ def say(line: str) -> None:
 
 def describe(throttle: Throttle) -> str:
     """How the run goes, for the bar."""
-    errors, wait = throttle.outcomes.total(), throttle.until - time.monotonic()
-    status = f"{errors - throttle.outcomes['answered']:,} errors, "
+    errors = throttle.outcomes.total() - throttle.outcomes["answered"]
+    wait, now = throttle.until - time.monotonic(), f"{throttle.in_flight} in flight"
     if wait > 0.5:
-        status += f"{throttle.why}, {wait:.0f} s"
-    else:
-        status += f"{throttle.in_flight} in flight"
-    return status + (f", ${throttle.paid:.2f}" if throttle.paid else "")
+        now = f"{throttle.why}, {wait:.0f} s"
+    spent = f", ${throttle.paid:.2f}" if throttle.paid else ""
+    return f"{errors:,} errors, {now}{spent}"
 
 
 async def attend(throttle: Throttle, bar: Any, sync: Any) -> None:
@@ -542,7 +527,7 @@ async def answer_each(
     what stopped it. The first Ctrl-C lets those in flight land."""
 
     # Workers on one iterator, not a task for each message: 100,000 messages would be
-    # 171 MiB of tasks. Sharing it is safe: a worker gives way only where it awaits.
+    # 171 MiB of tasks. Sharing is safe: only at an await can another worker take over.
     async def work() -> None:
         try:
             for message in queue:
@@ -571,19 +556,10 @@ async def answer_each(
 
 
 # --- 4. Files -------------------------------------------------------------------------
-def copy_stdin(path: Path) -> Path:
-    """Puts standard input where it can be read more than once; returns that path."""
-    with open(path, "wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
-    return path
-
-
 def read_messages(path: Path, name: str, shard: tuple[int, int]) -> Iterator[Row]:
-    """The messages of INPUT one by one; for the shard (k, n) every n-th from the k-th.
-
-    Blank ones are left out. Raises StopRun at the first record that is no message."""
-    kind, count, read = path.suffix.lower(), 0, 0
-    line = 1  # where the record begins
+    """The messages of INPUT but blank ones; of shard (k, n) every n-th from the k-th.
+    Raises StopRun at the first record that is no message."""
+    kind, count, read, line = path.suffix.lower(), 0, 0, 1  # line: where one begins
 
     def read_lines() -> Iterator[str]:
         nonlocal read
@@ -666,8 +642,7 @@ class Results:
         return self.path.exists() and os.path.samestat(mine, self.path.stat())
 
     def add(self, row: Row) -> None:
-        """Appends a row in one write. Raises OSError, with the file still whole, if the
-        disk is full."""
+        """Appends a row in one write. OSError if the disk is full; no torn row then."""
         line, end = to_line(row), self.file.seek(0, os.SEEK_END)
         if self.file.write(line) != len(line):
             self.file.truncate(end)
@@ -679,9 +654,11 @@ class Results:
         if not self.is_there():
             raise StopRun(f"{self.path} was moved or deleted during the run")
 
-    def scan(self) -> Iterator[tuple[int, int, bool]]:
-        """Of each row offset, hash of the message, whether it is an answer. A torn last
-        one is cut off; StopRun at one that is no row, or made with other settings."""
+    def load(self) -> None:
+        """Notes, by the hash of a text, where its answers and last error are. Drops a
+        torn last line. StopRun at one that is no row, or made with other settings."""
+        self.answers, self.errors = dict[int, int](), dict[int, int]()
+        self.others = defaultdict[int, deque[int]](deque)  # of texts that come again
         offset, start = 0, b'{"line": '
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -694,29 +671,19 @@ class Results:
                     made, key = row["settings"], hash(row["text_message"])
                     answered = row["response"] is not None
                 except (ValueError, LookupError, TypeError):
-                    raise StopRun(f"{where}: no row; mend it first") from None
+                    raise StopRun(f"{where}: not a row; mend or delete it") from None
                 if made != self.settings:
                     made = f"{where}: made by {row.get('model')} or another part 1"
                     raise StopRun(f"{made}; choose another OUTPUT, or --restart")
-                yield offset, key, answered
+                if not answered:
+                    self.errors[key] = offset
+                elif self.answers.setdefault(key, offset) < offset:  # it has one
+                    self.others[key].append(offset)
                 offset += len(line)
 
-    def load(self) -> None:
-        """Notes where the rows are: of each text, by its hash, all answers and the last
-        error."""
-        self.answers, self.errors = dict[int, int](), dict[int, int]()
-        self.others = defaultdict[int, deque[int]](deque)  # of texts that come again
-        for offset, key, answered in self.scan():
-            if not answered:
-                self.errors[key] = offset
-            elif key in self.answers:
-                self.others[key].append(offset)
-            else:
-                self.answers[key] = offset
-
-    def take(self, key: int) -> int:
-        """The offset of the next answer to that text; -1 where none is left."""
-        offset = self.answers.pop(key, -1)
+    def take(self, key: int, otherwise: int = -1) -> int:
+        """The offset of the next answer to that text; `otherwise` if none is left."""
+        offset = self.answers.pop(key, otherwise)
         if self.others.get(key):
             self.answers[key] = self.others[key].popleft()
         return offset
@@ -732,17 +699,17 @@ class Results:
     def in_order(self, messages: Iterable[Row]) -> Iterator[bytes]:
         """The rows in INPUT's order, with its lines and fields; the others behind."""
         self.load()
-        strange = dict(self.errors)  # those of no message
+        gone = dict(self.errors)  # in the end those whose message left INPUT
         with open(self.path, "rb") as file:
             for message in messages:
                 key = hash(message["text_message"])
-                strange.pop(key, None)
-                if (offset := self.take(key)) < 0:
-                    offset = self.errors.get(key, -1)
-                if file.seek(max(0, offset)) == offset:
+                gone.pop(key, None)
+                offset = self.take(key, self.errors.get(key, -1))
+                if offset >= 0:
+                    file.seek(offset)
                     yield to_line(from_json(file.readline()) | message)
             answers = itertools.chain(self.answers.values(), *self.others.values())
-            self.gone = sorted([*strange.values(), *answers])
+            self.gone = sorted([*gone.values(), *answers])
             for offset in self.gone:
                 file.seek(offset)
                 yield file.readline()
@@ -787,8 +754,7 @@ def placeholder(schema: Any, dice: random.Random, root: Any, depth: int = 0) -> 
     low = schema.get("minimum", schema.get("exclusiveMinimum", -math.inf) + step)
     high = schema.get("maximum", schema.get("exclusiveMaximum", math.inf) - step)
     low = low if low > -math.inf else min(0, high - 100)
-    number = dice.randint(0, int((min(high, low + 100) - low) / step)) * step + low
-    number = round(number) if kind == "integer" else round(number, 2)
+    number = round(dice.uniform(low, min(high, low + 100)), 2 if step < 1 else None)
     text = "Placeholder made offline: no model was asked."[: schema.get("maxLength")]
     other = {"boolean": dice.random() < 0.5, "null": None, "string": text}
     return other.get(kind, number)
@@ -832,10 +798,8 @@ LOOK: dict[str, Any] = {"unit": "msg", "bar_format": LAYOUT}  # the bar fills th
 
 def parse_args(argv: list[str] | None, **given: Any) -> argparse.Namespace:
     """The command line. Exits with status 2 and one line where it is wrong."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        None, "%(prog)s INPUT OUTPUT [options]", __doc__, formatter_class=form
-    )
+    parser = argparse.ArgumentParser(None, "%(prog)s INPUT OUTPUT [options]", __doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.allow_abbrev = False
     add = parser.add_argument
     add("input", metavar="INPUT", help=".txt: a message a line; .jsonl; .csv; -: stdin")
@@ -861,11 +825,12 @@ def parse_args(argv: list[str] | None, **given: Any) -> argparse.Namespace:
     args.shard = tuple(map(int, parts.groups())) if parts else (0, 0)
     if not 1 <= args.shard[0] <= args.shard[1]:
         parser.error("argument --shard: has to be like 1/4, 2/4, 3/4 or 4/4")
-    known = PRICES if args.model == MODEL and not args.offline else None
-    args.prices, args.capped = known or (0.0, 0.0), args.max_cost < sys.float_info.max
-    if args.capped and not (known or args.offline):
+    args.prices = PRICES if args.model == MODEL and not args.offline else None
+    args.capped = args.max_cost < sys.float_info.max and not args.offline
+    if args.capped and not args.prices:
         parser.error("argument --max-cost: needs the PRICES of that MODEL in part 1")
-    args.capped = args.capped and not args.offline
+    if "{text_message}" not in PROMPT:
+        parser.error("PROMPT in part 1 has no {text_message}, the place of the message")
     args.request = build_request(args.model)
     shape = json.dumps([args.request, PROMPT, args.offline], sort_keys=True)
     # To pandas digits alone would be a number.
@@ -887,22 +852,20 @@ async def answer_all(
     args, rows = parse_args(["-", "-"], offline=offline, **given), list[Row]()
     texts = ((n, t) for n, t in enumerate(messages, 1) if isinstance(t, str))
     numbered = ({"line": n, "text_message": t} for n, t in texts if t.strip())
-    total = len(messages) if isinstance(messages, Sized) else None
-    with tqdm(total=total, **LOOK) as bar:
-        throttle = Throttle(args, new_client(args))
-        await answer_each(numbered, throttle, bar, rows.append)
+    with tqdm(messages, **LOOK) as bar:  # it knows the length, if there is one
+        await answer_each(numbered, Throttle(args, new_client(args)), bar, rows.append)
     return sorted(rows, key=lambda row: row["line"])
 
 
 def summarize(throttle: Throttle, gone: int, left: int) -> str:
     """The closing lines; for `left` messages, not asked yet, what they may take."""
     outcomes, used = throttle.outcomes, [throttle.usage[name] for name in TOKENS]
-    rows, priced = outcomes.total(), any(throttle.args.prices)
+    rows, priced = outcomes.total(), any(throttle.args.prices or ())
     times = sorted(throttle.latencies) or [0.0]
     median, late = times[len(times) // 2], times[-len(times) // 20]
     took = time.monotonic() - throttle.started
     lost = sum(bool(row["response"]) for row in throttle.held)
-    # What is to come is so many times what was seen, give or take so much of it.
+    # What is to come: `more` times what was seen, give or take the share `off`.
     more, off = (left / rows, 2 / math.sqrt(rows)) if rows else (0.0, 0.0)
     low, high = max(0, 1 - off) * more * throttle.paid, (1 + off) * more * throttle.paid
     seconds = median * left / throttle.args.concurrency, took * more
@@ -924,8 +887,13 @@ def summarize(throttle: Throttle, gone: int, left: int) -> str:
     return "\n".join(f"{name:8} {text}" for name, text in table.items() if text)
 
 
-def run(args: argparse.Namespace, source: Path, output: Path) -> int:
+def run(args: argparse.Namespace, folder: Path) -> int:
     """Answers INPUT into OUTPUT; returns the exit status. Raises what stopped it."""
+    source, output = Path(args.input), Path(args.output)
+    if args.input == "-":  # INPUT is read three times: a copy can be
+        source = folder / "stdin.txt"
+        with open(source, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
     if source.suffix.lower() not in (".txt", ".jsonl", ".csv"):
         raise StopRun(f"{source}: INPUT has to be a .txt, .jsonl or .csv file")
     read = partial(read_messages, source, args.field, args.shard)
@@ -933,19 +901,18 @@ def run(args: argparse.Namespace, source: Path, output: Path) -> int:
     if not keys:
         raise StopRun(f"{source}: no message in it")
     if output.exists() and (not output.is_file() or output.samefile(source)):
-        raise StopRun(f"{output}: no plain file, or INPUT itself; choose another")
+        raise StopRun(f"{output}: not a plain file, or INPUT itself: choose another")
     api, results = new_client(args), Results(output, args.settings, args.restart)
     with results.file:
-        todo = results.missing(keys)
-        left = sum(todo[args.limit :])
-        del todo[args.limit :]
-        messages, done = itertools.compress(read(), todo), len(todo) - sum(todo)
+        missing = results.missing(keys)
+        left = sum(missing[args.limit :])
+        del missing[args.limit :]
+        todo, done = itertools.compress(read(), missing), missing.count(0)
         throttle = Throttle(args, api)
         gc.freeze()  # what is there by now will stay: no collection needs to look at it
         try:
-            with tqdm(total=len(todo), initial=done, disable=None, **LOOK) as bar:
-                keep, sync = results.add, results.sync
-                asyncio.run(answer_each(messages, throttle, bar, keep, sync))
+            with tqdm(total=len(missing), initial=done, disable=None, **LOOK) as bar:
+                asyncio.run(answer_each(todo, throttle, bar, results.add, results.sync))
         finally:
             try:
                 results.order(read())
@@ -961,10 +928,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(args.input)
-            if args.input == "-":
-                source = copy_stdin(Path(folder, "stdin.txt"))
-            line, status = "", run(args, source, Path(args.output))
+            line, status = "", run(args, Path(folder))
     except StopRun as stop:
         line, status = f"{stop}\n", 2
     except OSError as error:
