@@ -44,6 +44,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -99,6 +100,8 @@ RETRIED = (*TROUBLE, "rate_limit", "invalid_answer")  # the same may succeed lat
 class StopRun(Exception):
     """The run cannot go on: a line that says why and what to do."""
 
+    rows: Iterable[Row] = ()  # what `answer_all` had by then
+
 
 @dataclass
 class Reply:
@@ -128,7 +131,9 @@ def new_client(args: argparse.Namespace) -> openai.AsyncOpenAI:
     url = url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
     key = "offline" if args.offline else os.environ.get("OPENAI_API_KEY", "").strip()
     if not re.fullmatch("[!-~]+", key):
-        raise StopRun("no key: set OPENAI_API_KEY, or try without one by --offline")
+        raise StopRun(
+            "OPENAI_API_KEY holds no key: set it, or try without, by --offline"
+        )
     if not re.fullmatch(r"(?i)https?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/\S*)?", url):
         raise StopRun(f"OPENAI_BASE_URL is {url!r}, but has to be like http://host/v1")
     if sys.platform != "win32":  # a connection is an open file; offline it is two
@@ -182,7 +187,8 @@ async def call(api: openai.AsyncOpenAI, args: argparse.Namespace, text: str) -> 
         reply = Reply("connection", str(cause.__cause__ or cause))
     # A server may quote the key that it was sent: no row and no line may show it.
     said = reply.message.replace(api.api_key if len(api.api_key) > 7 else "\0", "[key]")
-    reply.message = " ".join(said.split())[:300].encode(errors="replace").decode()
+    said = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", said)  # nor control a terminal
+    reply.message = said.strip()[:300].encode(errors="replace").decode()
     if reply.error == "stop":
         raise StopRun(reply.message)
     return reply
@@ -204,8 +210,8 @@ def read_body(content: bytes) -> Reply:
         return Reply("bad_response", f"not from the Responses API: {start!r}")
     model, status = body.get("model"), str(body.get("status"))
     reply = Reply(model=model if isinstance(model, str) else None)
-    if all(isinstance(number, int) for number in used.values()):
-        reply.usage = {name: max(0, number) for name, number in used.items()}
+    if all(isinstance(n, int) and 0 <= n < 1e9 for n in used.values()):
+        reply.usage = used
     cut = "content_filter" if why == "content_filter" else "incomplete"
     kinds = {"failed": "server_error", "cancelled": "server_error", "incomplete": cut}
     reply.error = kinds.get(status, "refusal" if refusal else "")
@@ -223,7 +229,7 @@ def read_body(content: bytes) -> Reply:
 def read_error(error: openai.APIStatusError, model: str) -> Reply:
     """The reply for an HTTP error, of type "stop" where no other call can do better:
     https://platform.openai.com/docs/guides/error-codes"""
-    status, names = error.status_code, {error.code, error.type}
+    status, names = error.status_code, {str(error.code), str(error.type)}
     param = error.param if isinstance(error.param, str) else ""
     setting = re.split(r"[.\[]", param)[0]
     about_input = setting.startswith(("input", "messages", "prompt"))
@@ -328,6 +334,8 @@ class Throttle:
         self.full_at = self.brake_until = self.until = now  # until: the next may start
         # Before the first answer nobody knows what one costs.
         self.window = 1.0 if args.capped else float(min(START, args.concurrency))
+        longest = args.request.get("max_output_tokens", 0)  # else the dearest so far
+        self.ceiling = longest * (args.prices or (0, 0))[1] / 1e6  # USD, of an answer
         self.in_flight, self.fast, self.why = 0, True, "rate limited"  # fast: doubling
         self.waited = 0.0  # seconds with a brake on
         self.mirrors = self.requests, self.tokens = Mirror("requests"), Mirror("tokens")
@@ -361,13 +369,14 @@ class Throttle:
             why = self.held[-1]["error"]["message"]
             raise StopRun(f"the first all failed, check part 1 and the server: {why}")
         now, size = time.monotonic(), len(text) + 1000
-        short = self.paid + self.booked + self.dearest * size > self.args.max_cost
+        usd = self.paid + self.booked + self.dearest * size + self.ceiling
+        short = usd > self.args.max_cost
         if short and not self.in_flight:
             raise StopRun(f"--max-cost reached, {self.paid:.4f} USD spent")
         waits = self.requests.wait(1.0), self.tokens.wait(size * self.density)
         wait = max(0.0, self.brake_until - now, *waits)
         if wait > PATIENCE and not self.in_flight:
-            then = time.ctime(time.time() + wait)
+            then = time.ctime(time.time() + min(wait, 1e9))
             raise StopRun(f"the limit is used up until {then}: run it again then")
         if self.stopping.is_set():
             raise StopRun
@@ -380,7 +389,7 @@ class Throttle:
     async def attempt(self, text: str) -> Reply:
         """Sends a request now, and learns from the reply. May raise StopRun."""
         size, sent = len(text) + 1000, time.monotonic()  # instructions, schema: 1000
-        costs, usd = (1.0, size * self.density), size * self.dearest
+        costs, usd = (1.0, size * self.density), size * self.dearest + self.ceiling
         spent = [mirror.spend(cost) for mirror, cost in zip(self.mirrors, costs)]
         self.in_flight, self.booked = self.in_flight + 1, self.booked + usd
         try:
@@ -478,7 +487,8 @@ async def ask(throttle: Throttle, row: Row) -> Row:
 
 def say(line: str) -> None:
     """Prints to standard error, above the bar."""
-    tqdm.write(line, file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it: no reason to stop
+        tqdm.write(line, file=sys.stderr)
 
 
 def describe(throttle: Throttle) -> str:
@@ -537,6 +547,9 @@ async def answer_each(
         except (StopRun, OSError) as reason:  # OSError: of the file that `keep` writes
             throttle.stop(reason)
 
+    me, loop = asyncio.current_task(), asyncio.get_running_loop()
+    if sync and me:  # not asyncio's own handler: its second Ctrl-C breaks into any task
+        signal.signal(signal.SIGINT, lambda *_: loop.call_soon_threadsafe(me.cancel))
     async with throttle.api, asyncio.TaskGroup() as tasks:
         watch = tasks.create_task(attend(throttle, bar, sync))
         crew = range(throttle.args.concurrency + 100)  # more than slots: some only wait
@@ -621,6 +634,7 @@ class Results:
 
     def __init__(self, path: Path, settings: str, restart: bool) -> None:
         self.path, self.settings, self.gone = path.resolve(), settings, list[int]()
+        self.temporary, self.end = self.path.with_name(f".{self.path.name}.tmp"), 0
         while True:
             self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
             try:
@@ -633,7 +647,8 @@ class Results:
                 names = (Path(f"{self.path}.bak{n or ''}") for n in itertools.count())
                 self.path.rename(next(name for name in names if not name.exists()))
             elif self.is_there():  # else another run has just replaced it
-                return
+                self.temporary.touch()  # can it be put in order in the end?
+                return self.temporary.unlink()
             self.file.close()
 
     def is_there(self) -> bool:
@@ -644,6 +659,9 @@ class Results:
     def add(self, row: Row) -> None:
         """Appends a row in one write. OSError if the disk is full; no torn row then."""
         line, end = to_line(row), self.file.seek(0, os.SEEK_END)
+        if end < self.end:
+            raise StopRun(f"{self.path} was cut during the run")
+        self.end = end + len(line)
         if self.file.write(line) != len(line):
             self.file.truncate(end)
             raise OSError(28, "No space left on device")
@@ -667,7 +685,7 @@ class Results:
                     self.file.truncate(offset)
                     return say(f"{where}: torn by a crash; dropped, and asked again")
                 try:
-                    row = from_json(line)
+                    row = from_json(line, allow_inf_nan=False)
                     made, key = row["settings"], hash(row["text_message"])
                     answered = row["response"] is not None
                 except (ValueError, LookupError, TypeError):
@@ -680,6 +698,7 @@ class Results:
                 elif self.answers.setdefault(key, offset) < offset:  # it has one
                     self.others[key].append(offset)
                 offset += len(line)
+        self.end = offset
 
     def take(self, key: int, otherwise: int = -1) -> int:
         """The offset of the next answer to that text; `otherwise` if none is left."""
@@ -716,33 +735,38 @@ class Results:
 
     def order(self, messages: Iterable[Row]) -> None:
         """Puts OUTPUT in INPUT's order, in one atomic step."""
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
-            os.fsync(self.file.fileno())
-            with open(temporary, "wb") as new:
+            self.sync()  # no other file than ours is to be replaced
+            with open(self.temporary, "wb") as new:
                 new.writelines(self.in_order(messages))
                 new.flush()
                 os.fsync(new.fileno())
-            if not filecmp.cmp(self.path, temporary, shallow=False):
-                shutil.copymode(self.path, temporary)
+            if not filecmp.cmp(self.path, self.temporary, shallow=False):
+                shutil.copymode(self.path, self.temporary)
                 if sys.platform == "win32":
                     self.file.close()  # Windows replaces no open file
-                temporary.replace(self.path)
+                self.temporary.replace(self.path)
         finally:
-            temporary.unlink(missing_ok=True)
+            self.temporary.unlink(missing_ok=True)
 
 
 # --- 5. No key yet? -------------------------------------------------------------------
+FORMATS = {"date": "2024-02-29", "time": "12:00:00Z", "uri": "https://example.org"}
+FORMATS |= {"date-time": "2024-02-29T12:00:00Z", "uuid": str(uuid.UUID(int=0))}
+
+
 def placeholder(schema: Any, dice: random.Random, root: Any, depth: int = 0) -> Any:
     """Something that fits the JSON schema; the same for the same dice."""
     if "$ref" in schema:
         schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
-    if options := schema.get("anyOf"):  # what refers to itself has to end: null is last
+    if options := schema.get("anyOf") or schema.get(
+        "oneOf"
+    ):  # what refers to itself has to end: null is last
         part = dice.choice(options) if depth < 5 else options[-1]
         return placeholder(part, dice, root, depth + 1)
     if "enum" in schema or "const" in schema:
         return dice.choice(schema.get("enum") or [schema["const"]])
-    kind, step = schema["type"], 1 if schema["type"] == "integer" else 0.01
+    kind, step = schema.get("type"), 1 if schema.get("type") == "integer" else 0.01
     if kind == "object":
         fields = schema.get("properties", {}).items()
         return {name: placeholder(part, dice, root, depth + 1) for name, part in fields}
@@ -756,6 +780,9 @@ def placeholder(schema: Any, dice: random.Random, root: Any, depth: int = 0) -> 
     low = low if low > -math.inf else min(0, high - 100)
     number = round(dice.uniform(low, min(high, low + 100)), 2 if step < 1 else None)
     text = "Placeholder made offline: no model was asked."[: schema.get("maxLength")]
+    text = FORMATS.get(
+        schema.get("format"), text.ljust(schema.get("minLength", 0), ".")
+    )
     other = {"boolean": dice.random() < 0.5, "null": None, "string": text}
     return other.get(kind, number)
 
@@ -820,7 +847,9 @@ def parse_args(argv: list[str] | None, **given: Any) -> argparse.Namespace:
     args = parser.parse_args(argv, argparse.Namespace(**given))
     for name in ("concurrency", "timeout", "max_attempts", "limit", "max_cost"):
         if not 0 < getattr(args, name) < math.inf:
-            parser.error(f"argument --{name.replace('_', '-')}: has to be above 0")
+            parser.error(
+                f"argument --{name.replace('_', '-')}: has to be above 0, and finite"
+            )
     parts = re.fullmatch("([0-9]+)/([0-9]+)", args.shard)
     args.shard = tuple(map(int, parts.groups())) if parts else (0, 0)
     if not 1 <= args.shard[0] <= args.shard[1]:
@@ -847,13 +876,21 @@ async def answer_all(
     offline: bool = False,
 ) -> list[Row]:
     """The rows of all messages that are not blank, in order; in a notebook
-    `await answer_all(texts)`. Raises StopRun."""
+    `await answer_all(texts)`. Raises StopRun, whose `rows` are those made so far."""
     given = {"model": model, "concurrency": concurrency, "timeout": timeout}
     args, rows = parse_args(["-", "-"], offline=offline, **given), list[Row]()
     texts = ((n, t) for n, t in enumerate(messages, 1) if isinstance(t, str))
-    numbered = ({"line": n, "text_message": t} for n, t in texts if t.strip())
+    whole = ((n, t.encode(errors="replace").decode()) for n, t in texts if t.strip())
+    queue = (
+        {"line": n, "text_message": t} for n, t in whole
+    )  # no halves of characters
+    throttle = Throttle(args, new_client(args))
     with tqdm(messages, **LOOK) as bar:  # it knows the length, if there is one
-        await answer_each(numbered, Throttle(args, new_client(args)), bar, rows.append)
+        try:
+            await answer_each(queue, throttle, bar, rows.append)
+        except StopRun as stop:
+            stop.rows = rows
+            raise
     return sorted(rows, key=lambda row: row["line"])
 
 
@@ -894,8 +931,11 @@ def run(args: argparse.Namespace, folder: Path) -> int:
         source = folder / "stdin.txt"
         with open(source, "wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
-    if source.suffix.lower() not in (".txt", ".jsonl", ".csv"):
-        raise StopRun(f"{source}: INPUT has to be a .txt, .jsonl or .csv file")
+    known = source.suffix.lower() in (".txt", ".jsonl", ".csv")
+    if not known or (source.exists() and not source.is_file()):
+        raise StopRun(
+            f"{source}: has to be a .txt, .jsonl or .csv file, or - for a pipe"
+        )
     read = partial(read_messages, source, args.field, args.shard)
     keys = array("q", (hash(message["text_message"]) for message in read()))
     if not keys:
@@ -913,7 +953,10 @@ def run(args: argparse.Namespace, folder: Path) -> int:
         try:
             with tqdm(total=len(missing), initial=done, disable=None, **LOOK) as bar:
                 asyncio.run(answer_each(todo, throttle, bar, results.add, results.sync))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
         finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 results.order(read())
             finally:
@@ -923,10 +966,10 @@ def run(args: argparse.Namespace, folder: Path) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    args = parse_args(argv)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
+        args = parse_args(argv)
         with tempfile.TemporaryDirectory() as folder:
             line, status = "", run(args, Path(folder))
     except StopRun as stop:

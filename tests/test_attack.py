@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,8 @@ ODD = [
     (400, {"error": {"message": "half \ud83d", "param": ["body", "input"]}}),
     (400, {"error": {"message": "no", "param": 5, "code": {"a": 1}}}),
     (400, {"error": {"message": "too long", "param": "input_tokens"}}),
+    (400, {"error": {"message": "no", "type": {"a": 1}, "param": "input"}}),
+    (200, BODY | {"usage": {"input_tokens": 10**400, "output_tokens": 1}}),
 ]
 
 
@@ -133,3 +136,100 @@ def test_notebook_leaves_out_what_is_no_text(server: Server) -> None:
     cells: list[Any] = ["a", None, float("nan"), " ", "b"]
     rows = asyncio.run(async_template.answer_all(cells))
     assert [row["line"] for row in rows] == [1, 5]
+
+
+def test_answers_survive_an_output_that_is_moved(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """OUTPUT renamed, another one in its place: neither is touched, and it is said."""
+    out, moved = tmp_path / "out.jsonl", tmp_path / "moved.jsonl"
+    source = tmp_path / "in.txt"
+    source.write_text("\n".join(f"m{n}" for n in range(200)), encoding="utf-8")
+
+    def look(chance: Any) -> float:
+        if server.total == 20:
+            out.rename(moved)
+            out.write_text('{"line": 1, "te', encoding="utf-8")
+        return 0.05
+
+    server.latency = look
+    assert async_template.main([str(source), str(out)]) == 2
+    assert "moved or deleted" in capsys.readouterr().err
+    assert out.read_text("utf-8") == '{"line": 1, "te'
+    assert len(moved.read_text("utf-8").splitlines()) == server.statuses[200]
+
+
+def test_output_that_is_emptied_is_noticed(
+    server: Server, run: Runner, tmp_path: Path
+) -> None:
+    """Whatever empties OUTPUT in mid-run, the status is not that of a success."""
+
+    def look(chance: Any) -> float:
+        if server.total == 20:
+            (tmp_path / "out.jsonl").write_text("")
+        return 0.02
+
+    server.latency = look
+    result = run([f"m{n}" for n in range(60)])
+    assert result.code == 2 and "was cut" in result.err
+
+
+def test_output_that_cannot_be_ordered_is_said_at_once(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where no other file can be made beside OUTPUT nothing is asked."""
+    (tmp_path / "in.txt").write_text("a", encoding="utf-8")
+    out = tmp_path / ("x" * 253)  # its temporary copy has a name too long
+    assert async_template.main([str(tmp_path / "in.txt"), str(out)]) == 2
+    assert server.total == 0 and "Traceback" not in capsys.readouterr().err
+
+
+def test_longest_answer_is_in_the_budget(
+    server: Server, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `max_output_tokens` not even answers of that length pass --max-cost."""
+    monkeypatch.setattr(async_template, "EXTRA", {"max_output_tokens": 5000})
+    server.latency = 0.02
+    run([f"m{n}" for n in range(300)], "--max-cost", "0.0095")  # 5,000 cost 0.008
+    assert server.peak == 1
+
+
+def test_notebook_keeps_what_was_paid_for(server: Server) -> None:
+    """What stops `answer_all` has the rows; half a character stops nothing."""
+    texts = [*(f"m{n}" for n in range(20)), "half \ud83d", "x [401:ms=300]"]
+    with pytest.raises(async_template.StopRun) as stopped:
+        asyncio.run(async_template.answer_all(texts))
+    assert len([*stopped.value.rows]) == 21
+
+
+def test_error_of_a_server_cannot_control_the_terminal(
+    server: Server, run: Runner
+) -> None:
+    """Escapes are left out of what is shown and of the row."""
+    body = {"error": {"message": "no \x1b[31m\x07good", "param": "input"}}
+    server.policies = [Odd(400, body)]
+    result = run(["a", "b"])
+    assert "\x1b" not in result.err and "no [31m good" in result.err
+
+
+def test_early_interrupt_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C while the SDK is imported for the settings."""
+
+    def interrupted(argv: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(async_template, "parse_args", interrupted)
+    assert async_template.main(["in.txt", "out.jsonl"]) == 130
+    assert "to go on" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such files")
+def test_pipe_with_a_name_is_refused(
+    server: Server, run: Runner, tmp_path: Path
+) -> None:
+    """INPUT is read more than once, which a pipe cannot be."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    result = run(tmp_path / "pipe.txt")
+    assert result.code == 2 and "- for a pipe" in result.err

@@ -558,6 +558,24 @@ def test_the_second_signal_stops_at_once(
 
 
 @posix
+def test_two_signals_at_once_while_busy(
+    server: Server, spawn: Spawn, tmp_path: Path, out: Path
+) -> None:
+    """Ctrl-C leaned upon, with 100 in flight: one line, nothing of asyncio's."""
+    server.latency = 0.01
+    text = "\n".join(f"m{n}" for n in range(5000))
+    (tmp_path / "in.txt").write_text(text, encoding="utf-8")
+    process = spawn("in.txt", out)
+    wait_until(lambda: out.is_file() and len(load(out)) > 300)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=20)[1]
+    assert process.returncode == 130 and not NOISE.search(err)
+    assert len(load(out)) > 300
+
+
+@posix
 @pytest.mark.parametrize("status", [429, 500], ids=["braked", "backing off"])
 def test_a_signal_ends_every_wait(
     server: Server, spawn: Spawn, tmp_path: Path, out: Path, status: int

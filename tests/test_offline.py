@@ -11,8 +11,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from uuid import UUID
 
 import openai
 import pytest
@@ -112,6 +114,15 @@ class Choices(BaseModel):
     who: Person | None
 
 
+class Formats(BaseModel):
+    """Texts of a form."""
+
+    day: date
+    at: datetime
+    key: UUID
+    long: str = Field(min_length=60)
+
+
 class Nested(BaseModel):
     """Lists of objects, one class in two places ($ref)."""
 
@@ -138,7 +149,17 @@ class Chain(BaseModel):
 
 @pytest.mark.parametrize(
     "model",
-    [async_template.Sentiment, Flat, Person, Bounded, Choices, Nested, Tree, Chain],
+    [
+        async_template.Sentiment,
+        Flat,
+        Formats,
+        Person,
+        Bounded,
+        Choices,
+        Nested,
+        Tree,
+        Chain,
+    ],
 )
 @settings(max_examples=50, deadline=None, database=None)
 @given(seed=st.integers(0, 2**32))
