@@ -82,8 +82,8 @@ class Sentiment(BaseModel):  # the model reads names and descriptions, too
 
 SCHEMA: type[BaseModel] = Sentiment  # the class above: change both when you rename it
 
-# USD per million (input, output) tokens of MODEL, for the cost shown and --max-cost;
-# None where it costs nothing, or you do not know: https://openai.com/api/pricing
+# USD per million (input, output) tokens of MODEL, for the cost shown and --max-cost:
+# change both together. None where it costs nothing: https://openai.com/api/pricing
 PRICES: tuple[float, float] | None = (0.40, 1.60)
 
 CONCURRENCY = 100  # most requests in flight; the pace below that is found, not set
@@ -185,7 +185,8 @@ async def call(api: openai.AsyncOpenAI, args: argparse.Namespace, text: str) -> 
     except (openai.APIConnectionError, aiohttp.ClientError) as error:
         cause = error.__cause__ or error
         reply = Reply("connection", str(cause.__cause__ or cause))
-    # A server may quote the key that it was sent: no row and no line may show it.
+    # A server may quote the key that it was sent: no row and no line may show it. (A
+    # short one, as local servers take, is no secret, and part of other words.)
     said = reply.message.replace(api.api_key if len(api.api_key) > 7 else "\0", "[key]")
     said = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", said)  # nor control a terminal
     reply.message = said.strip()[:300].encode(errors="replace").decode()
@@ -219,7 +220,8 @@ def read_body(content: bytes) -> Reply:
     if not reply.error:
         try:
             answer = SCHEMA.model_validate_json(text).model_dump(mode="json")
-            reply.response = answer if to_line(answer) else None  # raises for NaN
+            to_line(answer)  # raises ValueError for NaN
+            reply.response = answer
         except ValueError as error:
             reply.error = "invalid_answer"
             reply.message, _, _ = str(error).partition("For further information")
@@ -299,17 +301,17 @@ class Mirror:
             left = float(reply.headers[f"x-ratelimit-remaining-{self.name}"])
             reset = reply.headers[f"x-ratelimit-reset-{self.name}"]  # 6m0s, 1s, 120ms
             pairs = re.findall(r"([0-9.]+)(ms|[dhms])", reset)
-            back = sum(float(number) * units[unit] for number, unit in pairs)
+            refill = sum(float(number) * units[unit] for number, unit in pairs)
         except (KeyError, ValueError, TypeError):
             return
-        if at < self.at or not all(0 < x < math.inf for x in (limit, left + 1, back)):
+        if at < self.at or not all(0 < x < math.inf for x in (limit, left + 1, refill)):
             return
-        # In `back` seconds it is full. Full is mostly `limit`, for a minute or a day;
-        # where all of that is back within 30 s, full is the most that was ever left.
-        most = self.full if limit == self.limit else 0.0
-        whole = back * limit / (limit - left) if left < limit else 0.0
-        self.full = limit if whole >= 30 else max(most, left + cost)
-        self.rate, self.limit = (self.full - left) / back, limit
+        # In `refill` seconds it is full. Full is mostly `limit`, for a minute or a day;
+        # where that takes under 30 s from empty, it is the most that was ever left.
+        highest = self.full if limit == self.limit else 0.0
+        from_empty = refill * limit / (limit - left) if left < limit else 0.0
+        self.full = limit if from_empty >= 30 else max(highest, left + cost)
+        self.rate, self.limit = (self.full - left) / refill, limit
         self.left, self.seen, self.at = left - (self.spent - spent), at, at
         self.margin *= 1.5 if reply.status == 429 else 0.998
         self.margin = min(20.0, max(2.0, self.margin))
@@ -370,8 +372,8 @@ class Throttle:
             raise StopRun(f"the first all failed, check part 1 and the server: {why}")
         now, size = time.monotonic(), len(text) + 1000
         usd = self.paid + self.booked + self.dearest * size + self.ceiling
-        short = usd > self.args.max_cost
-        if short and not self.in_flight:
+        over_budget = usd > self.args.max_cost
+        if over_budget and not self.in_flight:
             raise StopRun(f"--max-cost reached, {self.paid:.4f} USD spent")
         waits = self.requests.wait(1.0), self.tokens.wait(size * self.density)
         wait = max(0.0, self.brake_until - now, *waits)
@@ -380,10 +382,10 @@ class Throttle:
             raise StopRun(f"the limit is used up until {then}: run it again then")
         if self.stopping.is_set():
             raise StopRun
-        if short or self.in_flight >= max(1, int(self.window) - len(self.held)):
+        if over_budget or self.in_flight >= max(1, int(self.window) - len(self.held)):
             self.full_at = now
-            return 60.0  # or until one lands
-        self.until = now + wait
+            return 60.0  # or rather until one lands
+        self.until, self.why = now + wait, self.why if wait else "rate limited"
         return wait
 
     async def attempt(self, text: str) -> Reply:
@@ -415,7 +417,7 @@ class Throttle:
             self.latencies.append(self.alive_at - sent)
             if not self.requests.limit:  # a guessed rate: find out if there is more
                 self.requests.rate *= 1.005
-            if sent <= self.full_at:  # all of it was in use
+            if sent <= self.full_at:  # all of the window was in use since then
                 more = 2.0 if self.fast else 1 / self.window
                 self.window = min(self.args.concurrency, self.window + more)
         return reply
@@ -510,7 +512,7 @@ async def attend(throttle: Throttle, bar: Any, sync: Any) -> None:
             done = bar.n + throttle.outcomes.total()
             say(f"{done:,} of {bar.total:,} rows, {describe(throttle)}")
         try:
-            await asyncio.to_thread(sync or bool)
+            await asyncio.to_thread(sync or bool)  # bool: nothing to do
         except (StopRun, OSError) as reason:
             throttle.stop(reason)
 
@@ -609,7 +611,7 @@ def read_table(lines: Iterator[str]) -> Iterator[Any]:
     header = next(rows, [])
     if len({*header}) < len(header):
         raise ValueError("two columns have the same name")
-    yield ""
+    yield ""  # as the header counts as a line
     for cells in rows:
         if cells and len(cells) != len(header):
             raise ValueError(f"{len(cells)} cells in {len(header)} columns")
@@ -905,8 +907,7 @@ def summarize(throttle: Throttle, gone: int, left: int) -> str:
     # What is to come: `more` times what was seen, give or take the share `off`.
     more, off = (left / rows, 2 / math.sqrt(rows)) if rows else (0.0, 0.0)
     low, high = max(0, 1 - off) * more * throttle.paid, (1 + off) * more * throttle.paid
-    seconds = median * left / throttle.args.concurrency, took * more
-    fast, slow = map(tqdm.format_interval, seconds)
+    fast, slow = median * left / throttle.args.concurrency, took * more  # seconds
     table = {
         "rows": ", ".join(f"{n:,} {kind}" for kind, n in outcomes.items()),
         "tokens": f"{used[0]:,} in, {used[1]:,} out",
@@ -918,7 +919,7 @@ def summarize(throttle: Throttle, gone: int, left: int) -> str:
         "kept": f"{gone:,} rows whose message is no longer in INPUT" if gone else "",
         "to come": f"{left:,} rows, {sum(used) * more:,.0f} tokens" if more else "",
         "for": f"{low:.2f} to {high:.2f} USD" if more and priced else "",
-        "in": f"{fast} to {slow} min" if more else "",
+        "in": f"{fast / 60:.1f} to {slow / 60:.1f} min" if more else "",
         "by": "the same command without --limit" if left else "",
     }
     return "\n".join(f"{name:8} {text}" for name, text in table.items() if text)

@@ -563,16 +563,16 @@ def test_two_signals_at_once_while_busy(
 ) -> None:
     """Ctrl-C leaned upon, with 100 in flight: one line, nothing of asyncio's."""
     server.latency = 0.01
-    text = "\n".join(f"m{n}" for n in range(5000))
+    text = "\n".join(f"m{n}" for n in range(3000))
     (tmp_path / "in.txt").write_text(text, encoding="utf-8")
     process = spawn("in.txt", out)
-    wait_until(lambda: out.is_file() and len(load(out)) > 300)
+    wait_until(lambda: out.is_file() and out.read_bytes().count(b"\n") > 100)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=20)[1]
     assert process.returncode == 130 and not NOISE.search(err)
-    assert len(load(out)) > 300
+    assert len(load(out)) > 100
 
 
 @posix
