@@ -367,9 +367,6 @@ class Throttle:
 
     def wait(self, text: str) -> float:
         """Seconds until the next request may start; 0 if it may now. Raises StopRun."""
-        if len(self.held) >= 5 and not (self.answered or self.in_flight):
-            why = self.held[-1]["error"]["message"]
-            raise StopRun(f"the first all failed, check part 1 and the server: {why}")
         now, size = time.monotonic(), len(text) + 1000
         usd = self.paid + self.booked + self.dearest * size + self.ceiling
         over_budget = usd > self.args.max_cost
@@ -456,6 +453,12 @@ class Throttle:
         if refused and self.pace and not self.requests.limit:
             self.requests.left, self.requests.full = 1.0, max(2.0, self.pace)
             self.requests.rate, self.requests.seen = self.pace, self.brake_until
+
+    def check_start(self) -> None:
+        """Raises StopRun if the first messages all failed: the others would, too."""
+        if len(self.held) >= 5 and not (self.answered or self.in_flight):
+            why = self.held[-1]["error"]["message"]
+            raise StopRun(f"the first all failed, check part 1 and the server: {why}")
 
     def stop(self, reason: BaseException) -> None:
         """Lets nothing more start: what waits gives up, what is in flight may land."""
@@ -546,6 +549,7 @@ async def answer_each(
                 throttle.held.append(await ask(throttle, message))
                 if throttle.answered:
                     settle(throttle, bar, keep)
+                throttle.check_start()
         except (StopRun, OSError) as reason:  # OSError: of the file that `keep` writes
             throttle.stop(reason)
 

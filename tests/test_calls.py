@@ -246,11 +246,14 @@ def test_hopeless_run_resumes(server: Server, run: Runner) -> None:
     assert [row["text_message"] for row in result.rows] == many(20)
 
 
+@pytest.mark.parametrize("count", [5, 8, 300])
 @pytest.mark.parametrize("directive", ["400", "422:message=Bad thing", "413"])
-def test_first_all_rejected(server: Server, run: Runner, directive: str) -> None:
+def test_first_all_rejected(
+    server: Server, run: Runner, directive: str, count: int
+) -> None:
     """The first messages all rejected: it is a setting, and nothing is written."""
     server.default = directive
-    result = run(many())
+    result = run(many(count))
     assert result.code == 2 and result.rows == []
     assert server.total <= 10
     assert "first" in result.err and "Traceback" not in result.err
