@@ -413,7 +413,7 @@ class Throttle:
             self.alive_at, self.answered, self.failures = time.monotonic(), text, 0
             self.latencies.append(self.alive_at - sent)
             if not self.requests.limit:  # a guessed rate: find out if there is more
-                self.requests.rate *= 1.005
+                self.requests.rate *= 1.008
             if sent <= self.full_at:  # all of the window was in use since then
                 more = 2.0 if self.fast else 1 / self.window
                 self.window = min(self.args.concurrency, self.window + more)
