@@ -430,8 +430,10 @@ class Throttle:
         if refused:
             why, through = "rate limited", self.requests.spent - self.refusals
             if news and through - self.marked[1] >= 5:
-                # Used up then and used up now: what went through since is the rate.
+                # Used up then and used up now: what went through since is the rate. The
+                # first time it is too much: at the start the bucket was full.
                 found = (through - self.marked[1]) / (now - self.marked[0])
+                found *= 0.5 if self.fast else 1.0
                 self.pace, self.marked = max(0.85 * self.pace, found), (now, through)
             least = self.pace * sum(self.latencies) / max(1, len(self.latencies))
         elif self.down:

@@ -175,7 +175,7 @@ def test_rate_limit(
     server.policies = [limit]
     server.latency = 0.05
     assert all_answered(run(plain(150)))
-    assert limit.refused <= (0.05 if headers else 0.35) * server.total
+    assert limit.refused <= (0.05 if headers else 0.25) * server.total
 
 
 def test_larger_than_the_limit_is_a_row(server: Server, run: Runner) -> None:
