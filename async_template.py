@@ -669,10 +669,10 @@ class Results:
         line, end = to_line(row), self.file.seek(0, os.SEEK_END)
         if end < self.end:
             raise StopRun(f"{self.path} was cut during the run")
-        self.end = end + len(line)
         if self.file.write(line) != len(line):
             self.file.truncate(end)
             raise OSError(28, "No space left on device")
+        self.end = end + len(line)
 
     def sync(self) -> None:
         """Makes the rows survive a power failure. Raises StopRun if OUTPUT is gone."""
@@ -691,7 +691,8 @@ class Results:
                 where = f"{self.path}, line {number}"
                 if not line.endswith(b"\n") and start.startswith(line[: len(start)]):
                     self.file.truncate(offset)
-                    return say(f"{where}: torn by a crash; dropped, and asked again")
+                    say(f"{where}: torn by a crash; dropped, and asked again")
+                    break
                 try:
                     row = from_json(line, allow_inf_nan=False)
                     made, key = row["settings"], hash(row["text_message"])

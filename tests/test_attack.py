@@ -159,13 +159,18 @@ def test_answers_survive_an_output_that_is_moved(
     assert len(moved.read_text("utf-8").splitlines()) == server.statuses[200]
 
 
+@pytest.mark.parametrize("torn", [False, True])
 def test_output_that_is_emptied_is_noticed(
-    server: Server, run: Runner, tmp_path: Path
+    server: Server, run: Runner, tmp_path: Path, torn: bool
 ) -> None:
     """Whatever empties OUTPUT in mid-run, the status is not that of a success."""
+    if torn:  # a run that begins by mending the end of OUTPUT
+        run(["m0", "m1"])
+        with (tmp_path / "out.jsonl").open("a") as file:
+            file.write('{"line": 3, "te')
 
     def look(chance: Any) -> float:
-        if server.total == 20:
+        if server.total == (3 if torn else 20):
             (tmp_path / "out.jsonl").write_text("")
         return 0.02
 
