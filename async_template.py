@@ -131,9 +131,7 @@ def new_client(args: argparse.Namespace) -> openai.AsyncOpenAI:
     url = url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
     key = "offline" if args.offline else os.environ.get("OPENAI_API_KEY", "").strip()
     if not re.fullmatch("[!-~]+", key):
-        raise StopRun(
-            "OPENAI_API_KEY holds no key: set it, or try without, by --offline"
-        )
+        raise StopRun("OPENAI_API_KEY holds no key: set it, or try it by --offline")
     if not re.fullmatch(r"(?i)https?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/\S*)?", url):
         raise StopRun(f"OPENAI_BASE_URL is {url!r}, but has to be like http://host/v1")
     if sys.platform != "win32":  # a connection is an open file; offline it is two
@@ -260,6 +258,7 @@ def read_error(error: openai.APIStatusError, model: str) -> Reply:
 START = 8  # requests in flight at first: the most that a wrong key can cost
 BACKOFF = 0.5  # seconds: a message's n-th retry waits a random part of BACKOFF * 2**n
 PATIENCE = 600.0  # seconds of nothing but refusals, or of an outage, that end the run
+OVERHEAD = 1000  # characters of instructions, prompt and schema, to guess tokens by
 BEAT = 0.5  # seconds between two looks at how it goes, and between two fsyncs
 
 
@@ -337,7 +336,7 @@ class Throttle:
         # Before the first answer nobody knows what one costs.
         self.window = 1.0 if args.capped else float(min(START, args.concurrency))
         longest = args.request.get("max_output_tokens", 0)  # else the dearest so far
-        self.ceiling = longest * (args.prices or (0, 0))[1] / 1e6  # USD, of an answer
+        self.ceiling = longest * args.prices[1] / 1e6  # USD, of an answer
         self.in_flight, self.fast, self.why = 0, True, "rate limited"  # fast: doubling
         self.waited = 0.0  # seconds with a brake on
         self.mirrors = self.requests, self.tokens = Mirror("requests"), Mirror("tokens")
@@ -365,14 +364,18 @@ class Throttle:
                     await self.attempt(self.answered)
         return await self.attempt(text)
 
+    def costs(self, text: str) -> tuple[float, float, float]:
+        """What a request may take, by those so far: requests, tokens, USD."""
+        size = len(text) + OVERHEAD
+        return 1.0, size * self.density, size * self.dearest + self.ceiling
+
     def wait(self, text: str) -> float:
         """Seconds until the next request may start; 0 if it may now. Raises StopRun."""
-        now, size = time.monotonic(), len(text) + 1000
-        usd = self.paid + self.booked + self.dearest * size + self.ceiling
-        over_budget = usd > self.args.max_cost
+        now, (requests, tokens, usd) = time.monotonic(), self.costs(text)
+        over_budget = self.paid + self.booked + usd > self.args.max_cost
         if over_budget and not self.in_flight:
             raise StopRun(f"--max-cost reached, {self.paid:.4f} USD spent")
-        waits = self.requests.wait(1.0), self.tokens.wait(size * self.density)
+        waits = self.requests.wait(requests), self.tokens.wait(tokens)
         wait = max(0.0, self.brake_until - now, *waits)
         if wait > PATIENCE and not self.in_flight:
             then = time.ctime(time.time() + min(wait, 1e9))
@@ -387,8 +390,7 @@ class Throttle:
 
     async def attempt(self, text: str) -> Reply:
         """Sends a request now, and learns from the reply. May raise StopRun."""
-        size, sent = len(text) + 1000, time.monotonic()  # instructions, schema: 1000
-        costs, usd = (1.0, size * self.density), size * self.dearest + self.ceiling
+        sent, (*costs, usd) = time.monotonic(), self.costs(text)
         spent = [mirror.spend(cost) for mirror, cost in zip(self.mirrors, costs)]
         self.in_flight, self.booked = self.in_flight + 1, self.booked + usd
         try:
@@ -398,9 +400,10 @@ class Throttle:
             self.in_flight, self.booked = self.in_flight - 1, self.booked - usd
             self.landed.set()
         if reply.usage:
+            size = len(text) + OVERHEAD
             dense = sum(reply.usage.values()) / size
             self.density = max(dense, self.density + 0.1 * (dense - self.density))
-            used = zip(self.args.prices or (0, 0), reply.usage.values())
+            used = zip(self.args.prices, reply.usage.values())
             paid = sum(price * tokens for price, tokens in used) / 1e6
             self.paid, self.dearest = self.paid + paid, max(self.dearest, paid / size)
         elif self.args.capped and reply.response:
@@ -768,9 +771,8 @@ def placeholder(schema: Any, dice: random.Random, root: Any, depth: int = 0) -> 
     """Something that fits the JSON schema; the same for the same dice."""
     if "$ref" in schema:
         schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
-    if options := schema.get("anyOf") or schema.get(
-        "oneOf"
-    ):  # what refers to itself has to end: null is last
+    if options := schema.get("anyOf") or schema.get("oneOf"):
+        # What refers to itself has to end: null is last.
         part = dice.choice(options) if depth < 5 else options[-1]
         return placeholder(part, dice, root, depth + 1)
     if "enum" in schema or "const" in schema:
@@ -789,9 +791,8 @@ def placeholder(schema: Any, dice: random.Random, root: Any, depth: int = 0) -> 
     low = low if low > -math.inf else min(0, high - 100)
     number = round(dice.uniform(low, min(high, low + 100)), 2 if step < 1 else None)
     text = "Placeholder made offline: no model was asked."[: schema.get("maxLength")]
-    text = FORMATS.get(
-        schema.get("format"), text.ljust(schema.get("minLength", 0), ".")
-    )
+    text = text.ljust(schema.get("minLength", 0), ".")
+    text = FORMATS.get(schema.get("format"), text)
     other = {"boolean": dice.random() < 0.5, "null": None, "string": text}
     return other.get(kind, number)
 
@@ -856,16 +857,16 @@ def parse_args(argv: list[str] | None, **given: Any) -> argparse.Namespace:
     args = parser.parse_args(argv, argparse.Namespace(**given))
     for name in ("concurrency", "timeout", "max_attempts", "limit", "max_cost"):
         if not 0 < getattr(args, name) < math.inf:
-            parser.error(
-                f"argument --{name.replace('_', '-')}: has to be above 0, and finite"
-            )
+            option = name.replace("_", "-")
+            parser.error(f"argument --{option}: has to be above 0, and finite")
     parts = re.fullmatch("([0-9]+)/([0-9]+)", args.shard)
     args.shard = tuple(map(int, parts.groups())) if parts else (0, 0)
     if not 1 <= args.shard[0] <= args.shard[1]:
         parser.error("argument --shard: has to be like 1/4, 2/4, 3/4 or 4/4")
-    args.prices = PRICES if args.model == MODEL and not args.offline else None
+    known = PRICES if args.model == MODEL and not args.offline else None
+    args.prices = known or (0.0, 0.0)  # USD per million tokens; 0 where none are known
     args.capped = args.max_cost < sys.float_info.max and not args.offline
-    if args.capped and not args.prices:
+    if args.capped and not known:
         parser.error("argument --max-cost: needs the PRICES of that MODEL in part 1")
     if "{text_message}" not in PROMPT:
         parser.error("PROMPT in part 1 has no {text_message}, the place of the message")
@@ -889,10 +890,9 @@ async def answer_all(
     given = {"model": model, "concurrency": concurrency, "timeout": timeout}
     args, rows = parse_args(["-", "-"], offline=offline, **given), list[Row]()
     texts = ((n, t) for n, t in enumerate(messages, 1) if isinstance(t, str))
+    # What is only half of a character could not be sent, nor written.
     whole = ((n, t.encode(errors="replace").decode()) for n, t in texts if t.strip())
-    queue = (
-        {"line": n, "text_message": t} for n, t in whole
-    )  # no halves of characters
+    queue = ({"line": n, "text_message": t} for n, t in whole)
     throttle = Throttle(args, new_client(args))
     with tqdm(messages, **LOOK) as bar:  # it knows the length, if there is one
         try:
@@ -906,7 +906,7 @@ async def answer_all(
 def summarize(throttle: Throttle, gone: int, left: int) -> str:
     """The closing lines; for `left` messages, not asked yet, what they may take."""
     outcomes, used = throttle.outcomes, [throttle.usage[name] for name in TOKENS]
-    rows, priced = outcomes.total(), any(throttle.args.prices or ())
+    rows, priced = outcomes.total(), any(throttle.args.prices)
     times = sorted(throttle.latencies) or [0.0]
     median, late = times[len(times) // 2], times[-len(times) // 20]
     took = time.monotonic() - throttle.started
@@ -941,9 +941,7 @@ def run(args: argparse.Namespace, folder: Path) -> int:
             shutil.copyfileobj(sys.stdin.buffer, file)
     known = source.suffix.lower() in (".txt", ".jsonl", ".csv")
     if not known or (source.exists() and not source.is_file()):
-        raise StopRun(
-            f"{source}: has to be a .txt, .jsonl or .csv file, or - for a pipe"
-        )
+        raise StopRun(f"{source}: has to be .txt, .jsonl or .csv, or - for a pipe")
     read = partial(read_messages, source, args.field, args.shard)
     keys = array("q", (hash(message["text_message"]) for message in read()))
     if not keys:

@@ -128,9 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         texts = [rows[i % len(rows)] for i in range(args.n or len(rows))]
         if args.offline:  # all clients ask the stand-in
             url = template.start_offline_server(args.latency, load)
-            os.environ.update(
-                OPENAI_BASE_URL=url, OPENAI_API_KEY="offline", no_proxy="*"
-            )
+            key = "offline"
+            os.environ.update(OPENAI_BASE_URL=url, OPENAI_API_KEY=key, no_proxy="*")
         else:
             confirm(texts, args)
         return min(1, compare(texts, args, load))
