@@ -517,8 +517,9 @@ async def attend(throttle: Throttle, bar: Any, sync: Any) -> None:
         await asyncio.sleep(BEAT)
         bar.set_postfix_str(describe(throttle))
         if bar.disable and beat % 60 == 0:  # no terminal: a line now and then
-            done = bar.n + throttle.outcomes.total()
-            say(f"{done:,} of {bar.total:,} rows, {describe(throttle)}")
+            done, total = bar.n + throttle.outcomes.total(), bar.total
+            share = f"{done:,} of {total:,}" if total else f"{done:,}"
+            say(f"{share} rows, {describe(throttle)}")
         try:
             await asyncio.to_thread(sync or bool)  # bool: nothing to do
         except (StopRun, OSError) as reason:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import struct
@@ -76,6 +77,18 @@ def test_log_has_a_line_now_and_then(
     assert 1 <= len(lines) < 100
     assert int(lines[0]) >= 10 and sorted(map(int, lines)) == [*map(int, lines)]
     assert "%|" not in result.err
+
+
+def test_log_without_a_total(
+    server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A generator and no bar, as by TQDM_DISABLE=1: lines of how many are done."""
+    monkeypatch.setitem(async_template.LOOK, "disable", True)
+    monkeypatch.setattr(async_template, "BEAT", 0.002)
+    server.latency = 0.1
+    messages = (f"m{n}" for n in range(60))
+    assert len(asyncio.run(async_template.answer_all(messages))) == 60
+    assert re.search(r"(?m)^\d+ rows, 0 errors", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii"])
