@@ -5,29 +5,26 @@
 # ///
 """Ask an LLM one structured question about every message of a file, many at once.
 
-  python async_template.py messages.txt out.jsonl --offline   try it: no key, no cost
+  python async_template.py messages.txt try.jsonl --offline   try it: no key, no cost
   python async_template.py messages.txt out.jsonl --limit 20  a pilot, with an estimate
   python async_template.py messages.txt out.jsonl             all; run again to resume
 
-Each message becomes one line of OUTPUT, on disk as soon as it is answered:
-  {"line": 1, "text_message": "The service here is very good!", "response": {"score":
-  0.9, "explanation": "..."}, "error": null, "model": "gpt-4.1-mini-2025-04-14",
+Each message becomes a line of OUTPUT, on disk as soon as it is answered:
+  {"line": 1, "text_message": "Very good!", "response": {"score": 0.9, "explanation":
+  "..."}, "error": null, "model": "gpt-6-luna", "answered_at": "2026-11-25T22:10:04Z",
   "usage": {"input_tokens": 131, "output_tokens": 24}, "settings": "a3f9a1c2"}
 
-Exit status: 0 every message has an answer; 1 some have an error row, and the same
-command retries just those; 2 not started or stopped, a line says why; 130 interrupted.
-OPENAI_API_KEY holds the key, OPENAI_BASE_URL the address of another server (vLLM ...).
-To ask your own question, copy this file and edit part 1. MIT licence. The idea and the
-example are from Kai-Cheng Yang's tutorial, https://github.com/yang3kc/llm_for_css
+Exit status: 0 every message has an answer; 1 some have an error, the same command asks
+them again; 2 not started or stopped, a line says why; 130 interrupted. OPENAI_API_KEY
+holds the key, OPENAI_BASE_URL another server. For your own question copy this file and
+edit part 1. MIT; from Kai-Cheng Yang's tutorial https://github.com/yang3kc/llm_for_css
 """
-
-from __future__ import annotations
 
 import argparse
 import asyncio
 import contextlib
 import csv
-import filecmp
+import email.utils
 import gc
 import hashlib
 import itertools
@@ -37,37 +34,39 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import uuid
+import urllib.request
 from array import array
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any, Literal
 
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.stderr.write("async_template.py needs Python 3.11 or newer\n")
+    raise SystemExit(2)
+
+import aiohttp  # comes with openai[aiohttp]
+import openai
 from pydantic import BaseModel, Field
-from pydantic_core import from_json
 from tqdm.auto import tqdm
 
-if TYPE_CHECKING:  # imported where used: it takes 0.6 s, and --help needs none of it
-    import openai
-
 # --- 1. Edit this ---------------------------------------------------------------------
-MODEL = "gpt-4.1-mini"  # any that the endpoint serves; --model overrides it for a run
-TEMPERATURE: float | None = 0.0  # 0 repeats best; None for models that reason
-EXTRA: dict[str, Any] = {}  # more for the API, say {"reasoning": {"effort": "low"}}
+MODEL = "gpt-6-luna"  # any model of the endpoint; --model overrides it for a run
+TEMPERATURE: float | None = 0.0  # 0 repeats best; None if the model takes none
+
+# Further settings of the API. The default model takes a temperature only without
+# reasoning. Without "store": False the provider keeps every message for 30 days.
+EXTRA: dict[str, Any] = {"reasoning": {"effort": "none"}, "store": False}
 
 INSTRUCTIONS = "You are an expert on sentiment analysis of short text messages."
 
-# {text_message} is where the message goes; other braces stay as they are.
+# {text_message} is replaced by the message, {name} by that column of a .csv or .jsonl.
 PROMPT = """\
 Evaluate the sentiment of the text message below: give a score from -1 (negative) to 1
 (positive), and explain in one sentence why.
@@ -75,561 +74,837 @@ Evaluate the sentiment of the text message below: give a score from -1 (negative
 Text message: {text_message}"""
 
 
-class Sentiment(BaseModel):  # the model reads names and descriptions, too
+class Sentiment(BaseModel):
+    """What to answer. The model reads the names and the descriptions, too."""
+
     score: float = Field(ge=-1, le=1, description="-1 negative, 0 neutral, 1 positive")
     explanation: str = Field(description="one sentence that says why")
+    # A codebook: topic: Literal["economy", "health", "other"]
 
 
-SCHEMA: type[BaseModel] = Sentiment  # the class above: change both when you rename it
+# An answer that you might get. Its class is the schema of all answers, and --offline
+# gives it to every message.
+EXAMPLE: BaseModel = Sentiment(score=0.9, explanation="An example: no model was asked.")
 
-# USD per million (input, output) tokens of MODEL, for the cost shown and --max-cost:
-# change both together. None where it costs nothing: https://openai.com/api/pricing
-PRICES: tuple[float, float] | None = (0.40, 1.60)
+# USD per million (input, output) tokens of MODEL, for the cost shown and --max-cost.
+# Change it together with MODEL; None costs nothing. https://openai.com/api/pricing
+PRICES: tuple[float, float] | None = (0.10, 0.50)
 
-CONCURRENCY = 100  # most requests in flight; the pace below that is found, not set
-TIMEOUT = 30.0  # seconds for one attempt; more for a slow local model
+CONCURRENCY = 100  # most requests in flight; the pace is found, you need not set it
+TIMEOUT = 30.0  # seconds for one attempt; more for a slow local model, 900 for flex
 MAX_ATTEMPTS = 5  # tries for one message; waiting for a rate limit is not a try
 
 # --- 2. One message, one call ---------------------------------------------------------
-Row = dict[str, Any]  # a message: line and text_message; with its answer a row
+Row = dict[str, Any]  # a message (line, text_message, fields), later with its answer
+Reader = Callable[[], Iterator[Row]]  # gives messages of INPUT, each time anew
 TOKENS = ("input_tokens", "output_tokens")
-TROUBLE = ("timeout", "connection", "server_error", "bad_response")  # is it down?
-RETRIED = (*TROUBLE, "rate_limit", "invalid_answer")  # the same may succeed later
+MOST_BYTES = 10_000_000  # of a reply; no answer is as long
+HOST = r"([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?"  # of an address, with its port
+
+# Settings that do not shape an answer may change between two runs into one OUTPUT.
+NEUTRAL = {"service_tier", "store", "metadata", "max_output_tokens", "user"}
+NEUTRAL |= {"prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"}
+NEUTRAL |= {"safety_identifier"}
+
+ErrorType = Literal[
+    "timeout",  # no answer in time
+    "connection",  # the server could not be reached, or hung up
+    "server_error",  # the server failed
+    "bad_response",  # a reply that is not from the Responses API
+    "invalid_answer",  # an answer that does not fit the schema
+    "incomplete",  # an answer that was cut off, say by max_output_tokens
+    "refusal",  # the model declined
+    "content_filter",  # the provider's filter stepped in
+    "bad_request",  # the server rejected the request because of the message
+    "rate_limit",  # the server wants fewer requests
+    # A row shows those below as "bad_request" or "rate_limit".
+    "account",  # rejected: every request will be
+    "settings",  # rejected: every request will be, if there was no answer yet
+    "unclear",  # rejected, and the server does not say why
+    "no_room",  # flex has no capacity for this one request
+]
+RETRIED = {"timeout", "connection", "server_error", "bad_response", "invalid_answer"}
+TROUBLE = {"timeout", "connection", "server_error", "bad_response", "rate_limit"}
+SHOWN_AS = {"settings": "bad_request", "unclear": "bad_request"}
+SHOWN_AS |= {"account": "bad_request", "no_room": "rate_limit"}
+
+# What an error means, by its HTTP status and the codes in its body. The first that fits
+# counts. https://platform.openai.com/docs/guides/error-codes
+MEANING: dict[ErrorType, str] = {
+    "content_filter": "content_filter content_policy_violation ContentFiltered"
+    " ResponsibleAIPolicyViolation",
+    "bad_request": "invalid_prompt context_length_exceeded string_above_max_length",
+    "invalid_answer": "json_validate_failed",
+    "no_room": "resource_unavailable",
+    "account": "401 402 407 insufficient_quota billing_hard_limit_reached",
+    "rate_limit": "429 503 529",
+    "server_error": "408 409 425 498 499",
+    "unclear": "400 413 422",
+}
+ADVICE = {
+    401: "the key is not accepted, check OPENAI_API_KEY",
+    402: "no credit is left, check plan and billing",
+    403: "the key may not use this model, check --model and your account",
+    404: "there is no such model or address, check --model and OPENAI_BASE_URL",
+    407: "the proxy wants a password, check HTTPS_PROXY",
+}
 
 
 class StopRun(Exception):
-    """The run cannot go on: a line that says why and what to do."""
+    """The run cannot go on. The text says why and what to do."""
 
-    rows: Iterable[Row] = ()  # what `answer_all` had by then
+    def __init__(self, text: str, status: int = 2) -> None:
+        super().__init__(text)
+        self.status = status  # the exit status
+        self.rows: list[Row] = []  # what `answer_all` had by then
 
 
 @dataclass
 class Reply:
-    """What came of one call: a response, or the type and message of an error."""
+    """What came of one request: an answer, or the type and message of an error."""
 
-    error: str = ""
-    message: str = ""
-    status: int = 0  # of an HTTP error
-    headers: Any = None
-    wait: float = 0.0  # seconds that the server asks for
-    doubtful: bool = False  # rejected, perhaps for the settings and not the message
+    answer: Row | None = None
+    error: ErrorType | None = None
+    message: str = ""  # of the error
+    retry_after: float = 0.0  # seconds that the server asks us to wait
+    headers: Mapping[str, str] = field(default_factory=dict)
     model: str | None = None
     usage: dict[str, int] | None = None  # by the names in TOKENS
-    response: Row | None = None
+    usd: float = 0.0
+    attempts: int = 1
+    answered_at: float = field(default_factory=time.time)
 
 
-def to_line(value: Any) -> bytes:
-    """A line of strict JSON in UTF-8; ValueError for NaN and infinity."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-
-
-def new_client(args: argparse.Namespace) -> openai.AsyncOpenAI:
-    """A client for the key and endpoint of the environment, or for the stand-in."""
-    import openai
-
-    url = start_offline_server(0.4, Counter()) if args.offline else ""
-    url = url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-    key = "offline" if args.offline else os.environ.get("OPENAI_API_KEY", "").strip()
-    if not re.fullmatch("[!-~]+", key):
-        raise StopRun("OPENAI_API_KEY holds no key: set it, or try it by --offline")
-    if not re.fullmatch(r"(?i)https?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/\S*)?", url):
-        raise StopRun(f"OPENAI_BASE_URL is {url!r}, but has to be like http://host/v1")
-    if sys.platform != "win32":  # a connection is an open file; offline it is two
-        import resource
-
-        files = args.concurrency * (2 if args.offline else 1) + 50
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if files > hard != resource.RLIM_INFINITY:
-            raise StopRun(f"--concurrency: needs {files} files, ulimit -Hn is {hard}")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
-    # aiohttp takes 40 % less CPU than the default transport. The SDK's own timeout is
-    # off: it starts anew at every read, and an answer that trickles in never meets it.
-    limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=args.concurrency)
-    http = openai.DefaultAioHttpClient(limits=limits, trust_env=not args.offline)
-    rest: dict[str, Any] = {"max_retries": 0, "timeout": None, "http_client": http}
-    return openai.AsyncOpenAI(api_key=key, base_url=url, **rest)
-
-
-def build_request(model: str) -> Row:
-    """The body of every call but for its input; the schema is built only once."""
-    import openai
-
-    schema = openai.pydantic_function_tool(SCHEMA)["function"]["parameters"]
-    form = {"type": "json_schema", "name": SCHEMA.__name__, "schema": schema}
-    request = {"model": model, "instructions": INSTRUCTIONS, "temperature": TEMPERATURE}
-    request |= {"text": {"format": form | {"strict": True}}} | EXTRA
-    return {name: value for name, value in request.items() if value is not None}
-
-
-async def call(api: openai.AsyncOpenAI, args: argparse.Namespace, text: str) -> Reply:
-    """One attempt. Raises StopRun where no message can succeed."""
-    import aiohttp
-    import openai
-
-    # extra_body goes out as it is: to walk over typed parameters would cost the SDK
-    # 0.5 ms a row, and to parse the reply into its own Response another 0.6.
-    body = args.request | {"input": PROMPT.replace("{text_message}", text)}
-    try:
-        sending = api.responses.with_raw_response.parse(extra_body=body)
-        raw = await asyncio.wait_for(sending, args.timeout)
-        reply = read_body(raw.content)
-        reply.headers = raw.headers
-    except TimeoutError:
-        reply = Reply("timeout", f"no answer within {args.timeout:g} s")
-    except openai.APIStatusError as error:
-        reply = read_error(error, args.model)
-        asked = api._parse_retry_after_header(reply.headers) or 0.0
-        reply.wait = max(0.0, min(asked, 1e6))  # neither nan nor inf
-    except (openai.APIConnectionError, aiohttp.ClientError) as error:
-        cause = error.__cause__ or error
-        reply = Reply("connection", str(cause.__cause__ or cause))
-    # A server may quote the key that it was sent: no row and no line may show it. (A
-    # short one, as local servers take, is no secret, and part of other words.)
-    said = reply.message.replace(api.api_key if len(api.api_key) > 7 else "\0", "[key]")
-    said = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", said)  # nor control a terminal
-    reply.message = said.strip()[:300].encode(errors="replace").decode()
-    if reply.error == "stop":
-        raise StopRun(reply.message)
-    return reply
-
-
-def read_body(content: bytes) -> Reply:
-    """The reply in the body of a 200; other servers leave out much of what OpenAI has:
-    https://platform.openai.com/docs/api-reference/responses/object"""
-    try:
-        body = from_json(content, allow_inf_nan=False)
-        items = [i for i in body["output"] or () if i.get("phase") != "commentary"]
-        parts = [part for item in items for part in item.get("content") or ()]
-        text = "".join(part["text"] for part in parts if part["type"] == "output_text")
-        refusal = [part["refusal"] for part in parts if part["type"] == "refusal"]
-        why = (body.get("incomplete_details") or {}).get("reason") or body.get("error")
-        used: Row = {name: (body.get("usage") or {}).get(name) for name in TOKENS}
-    except (ValueError, LookupError, TypeError, AttributeError):
-        start = content[:4000].decode(errors="replace")
-        return Reply("bad_response", f"not from the Responses API: {start!r}")
-    model, status = body.get("model"), str(body.get("status"))
-    reply = Reply(model=model if isinstance(model, str) else None)
-    if all(isinstance(n, int) and 0 <= n < 1e9 for n in used.values()):
-        reply.usage = used
-    cut = "content_filter" if why == "content_filter" else "incomplete"
-    kinds = {"failed": "server_error", "cancelled": "server_error", "incomplete": cut}
-    reply.error = kinds.get(status, "refusal" if refusal else "")
-    reply.message = " ".join(map(str, refusal)) or f"{status}: {why}"
-    if not reply.error:
-        try:
-            answer = SCHEMA.model_validate_json(text).model_dump(mode="json")
-            to_line(answer)  # raises ValueError for NaN
-            reply.response = answer
-        except ValueError as error:
-            reply.error = "invalid_answer"
-            reply.message, _, _ = str(error).partition("For further information")
-    return reply
-
-
-def read_error(error: openai.APIStatusError, model: str) -> Reply:
-    """The reply for an HTTP error, of type "stop" where no other call can do better:
-    https://platform.openai.com/docs/guides/error-codes"""
-    status, names = error.status_code, {str(error.code), str(error.type)}
-    param = error.param if isinstance(error.param, str) else ""
-    setting = re.split(r"[.\[]", param)[0]
-    about_input = setting.startswith(("input", "messages", "prompt"))
-    where = f"{model!r} at {error.request.url}"
-    advice = {
-        401: "the key is not accepted: check OPENAI_API_KEY",
-        402: "no credit left: add some",
-        403: f"the key may not use {where}",
-        404: f"no {where}: check --model and OPENAI_BASE_URL",
-    }.get(status, "")
-    if names & {"insufficient_quota", "billing_hard_limit_reached"}:
-        advice = "no credit left: check plan and billing"
-    elif status in (400, 422) and setting and not about_input:
-        hint = ", say to None" if setting == "temperature" else ""
-        advice = f"the setting {setting!r} is not accepted: change it in part 1{hint}"
-    kind = "server_error" if status in (408, 409) or status >= 500 else "bad_request"
-    kind = "stop" if advice else "rate_limit" if status == 429 else kind
-    kind = "content_filter" if "content_filter" in names else kind
-    said = error.body.get("message") if isinstance(error.body, dict) else None
-    message = f"{advice}{advice and ': '}status {status}, {said or error.message}"
-    doubtful = kind == "bad_request" and not about_input
-    return Reply(kind, message, status, error.response.headers, doubtful=doubtful)
-
-
-# --- 3. Many at a time ----------------------------------------------------------------
-START = 8  # requests in flight at first: the most that a wrong key can cost
-BACKOFF = 0.5  # seconds: a message's n-th retry waits a random part of BACKOFF * 2**n
-PATIENCE = 600.0  # seconds of nothing but refusals, or of an outage, that end the run
-OVERHEAD = 1000  # characters of instructions, prompt and schema, to guess tokens by
-BEAT = 0.5  # seconds between two looks at how it goes, and between two fsyncs
+Request = Callable[[Row], Awaitable[Reply]]  # asks about a message, once
+Keep = Callable[[Row, Reply], None]  # takes a message and its final reply
 
 
 @dataclass
-class Mirror:
-    """What the server has left of a limit: `left` at the time `seen`, and growing."""
+class Question:
+    """What is asked: makes a message into a request, and reads the reply."""
 
-    name: str  # "requests" or "tokens", as in the headers
-    left: float = math.inf
-    full: float = math.inf  # the most that can be left; inf: no limit is known
-    rate: float = 0.0  # by which `left` grows, a second
-    seen: float = 0.0
-    at: float = 0.0  # when the request was sent whose reply is the latest news
-    spent: float = 0.0  # by this run
-    limit: float = 0.0  # as the headers name it; 0 where there were none
-    margin: float = 1.0  # how many requests to leave room for: others may spend as well
+    model: str
+    instructions: str
+    prompt: str
+    example: BaseModel
+    temperature: float | None
+    extra: dict[str, Any]
+    prices: tuple[float, float] | None  # USD per million tokens, in and out
+    field: str = "text"  # the name of the column that is the message
+    offline: bool = False  # every answer is the example
 
-    def wait(self, cost: float) -> float:
-        """Seconds until there is room for a request of that cost; 0 if there is."""
-        now = time.monotonic()
-        if now > self.seen:
-            self.left = min(self.full, self.left + self.rate * (now - self.seen))
-            self.seen = now
-        need = min(self.full, max(cost, min(self.margin * cost, self.full / 2)))
-        short = need - self.left
-        return max(0.0, short / self.rate) if self.rate else 0.1 * (short > 0)
+    def __post_init__(self) -> None:
+        """Builds what all requests share, and a hash of all that shapes an answer."""
+        if not re.search(r"\{[^\W\d]\w*\}", self.prompt):
+            raise StopRun("PROMPT does not say where {text_message} goes")
+        self.schema = type(self.example)
+        tool = openai.pydantic_function_tool(self.schema)
+        form: Row = {"type": "json_schema", "name": self.schema.__name__}
+        form |= {"schema": tool["function"]["parameters"], "strict": True}
+        self.shared: Row = {"model": self.model, "instructions": self.instructions}
+        if self.temperature is not None:
+            self.shared["temperature"] = self.temperature
+        self.shared |= self.extra
+        self.shared["text"] = self.extra.get("text", {}) | {"format": form}
+        shaping = {k: v for k, v in self.shared.items() if k not in NEUTRAL}
+        shape = json.dumps([shaping, self.prompt, self.offline], sort_keys=True)
+        # The letter keeps pandas from reading a hash of digits as a number.
+        self.settings = "a" + hashlib.sha256(shape.encode()).hexdigest()[:7]
 
-    def spend(self, cost: float) -> float:
-        """Books a request that starts now; returns all that was spent so far."""
-        self.left, self.spent = self.left - cost, self.spent + cost
-        return self.spent
+    def text(self, message: Row) -> str:
+        """PROMPT with the message filled in. Raises StopRun at an unknown {name}."""
+        text = message["text_message"]
+        columns = message.get("fields", {}) | {"text_message": text, self.field: text}
 
-    def read(self, reply: Reply, at: float, spent: float, cost: float) -> None:
-        """Takes over what the reply to a request sent `at` that time says is left:
-        https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers"""
-        units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+        def fill(match: re.Match[str]) -> str:
+            name = match[1]
+            if name in columns:
+                value = columns[name]
+                return value if isinstance(value, str) else json.dumps(value)
+            if not name.isidentifier():
+                return match[0]  # braces of another kind stay
+            line, names = message["line"], ", ".join(columns)
+            raise StopRun(f"PROMPT names {match[0]}, but line {line} has only: {names}")
+
+        return re.sub(r"\{([^{}]+)\}", fill, self.prompt)
+
+    def key(self, message: Row) -> int:
+        """A hash of the text that is asked: a message is known by it."""
+        digest = hashlib.blake2b(self.text(message).encode(), digest_size=8).digest()
+        return (
+            int.from_bytes(digest) >> 4
+        )  # an int of 60 bits takes a third less memory
+
+    def request(self, message: Row) -> Row:
+        """The body of a request."""
+        return self.shared | {"input": self.text(message)}
+
+    def read(self, body: Any, half_price: bool = False) -> Reply:
+        """The reply in the body of a 200. Other servers leave out much of what is in
+        https://platform.openai.com/docs/api-reference/responses/object"""
         try:
-            limit = float(reply.headers[f"x-ratelimit-limit-{self.name}"])
-            left = float(reply.headers[f"x-ratelimit-remaining-{self.name}"])
-            reset = reply.headers[f"x-ratelimit-reset-{self.name}"]  # 6m0s, 1s, 120ms
-            pairs = re.findall(r"([0-9.]+)(ms|[dhms])", reset)
-            refill = sum(float(number) * units[unit] for number, unit in pairs)
-        except (KeyError, ValueError, TypeError):
-            return
-        if at < self.at or not all(0 < x < math.inf for x in (limit, left + 1, refill)):
-            return
-        # In `refill` seconds it is full. Full is mostly `limit`, for a minute or a day;
-        # where that takes under 30 s from empty, it is the most that was ever left.
-        highest = self.full if limit == self.limit else 0.0
-        from_empty = refill * limit / (limit - left) if left < limit else 0.0
-        self.full = limit if from_empty >= 30 else max(highest, left + cost)
-        self.rate, self.limit = (self.full - left) / refill, limit
-        self.left, self.seen, self.at = left - (self.spent - spent), at, at
-        self.margin *= 1.5 if reply.status == 429 else 0.998
-        self.margin = min(20.0, max(2.0, self.margin))
+            reply, text = self.unpack(body)
+            if body.get("model"):
+                reply.model = clean(str(body["model"]))
+            used = body.get("usage") or {}
+            if all(isinstance(used.get(name), int) for name in TOKENS):
+                reply.usage = {name: used[name] for name in TOKENS}
+                prices = zip(TOKENS, self.prices or (0.0, 0.0))
+                reply.usd = sum(used[name] * price for name, price in prices) / 1e6
+            if half_price or body.get("service_tier") == "flex":
+                reply.usd /= 2
+            created_at = body.get("created_at")
+            if isinstance(created_at, int) and 1e9 < created_at < 1e10:
+                reply.answered_at = created_at
+        except (ValueError, LookupError, TypeError, AttributeError):
+            message = f"not from the Responses API: {str(body)[:200]}"
+            return Reply(None, "bad_response", message)
+        if not reply.error:
+            self.check(text, reply)
+        return reply
+
+    def unpack(self, body: Row) -> tuple[Reply, str]:
+        """The error in the body of a 200, or the text of the answer."""
+        if body.get("error"):
+            code = body["error"].get("code")
+            status = code if isinstance(code, int) and code >= 400 else 500
+            return read_failure(status, body, {}), ""
+        if body.get("status") == "incomplete":
+            reason = (body.get("incomplete_details") or {}).get("reason")
+            filtered = reason == "content_filter"
+            error: ErrorType = "content_filter" if filtered else "incomplete"
+            return Reply(None, error, f"the answer was cut off: {reason}"), ""
+        # The last message alone: some servers send it twice, some comment first.
+        last = [item for item in body["output"] if item.get("type") == "message"][-1]
+        parts = last["content"]
+        refusal = [part["refusal"] for part in parts if part["type"] == "refusal"]
+        if refusal:
+            return Reply(None, "refusal", "".join(refusal)), ""
+        texts = [part["text"] for part in parts if part["type"] == "output_text"]
+        return Reply(), "".join(texts)
+
+    def check(self, text: str, reply: Reply) -> None:
+        """Puts the answer in a text into the reply, or what is wrong with it."""
+        try:
+            json.loads(text)
+        except ValueError:
+            # Some servers put it between ``` fences, or behind <think>...</think>.
+            text = text[text.find("{") : text.rfind("}") + 1] or text
+        try:
+            answer = self.schema.model_validate_json(text, strict=True)
+            reply.answer = answer.model_dump(mode="json")
+            to_line(reply.answer)  # raises ValueError for NaN
+        except ValueError as error:  # pydantic's ValidationError is one
+            reply.answer = None
+            reply.error = "invalid_answer"
+            reply.message = str(error).partition("For further information")[0]
+
+    def most_usd(self) -> float:
+        """What the longest answer would cost, if max_output_tokens is set; else 0."""
+        longest = self.extra.get("max_output_tokens", 0)
+        return float(longest * (self.prices or (0.0, 0.0))[1] / 1e6)
+
+    def row(self, message: Row, reply: Reply) -> Row:
+        """The row of OUTPUT for a message and its final reply."""
+        error: Row | None = None
+        if reply.error:
+            kind = SHOWN_AS.get(reply.error, reply.error)
+            error = {"type": kind, "message": reply.message}
+            error["attempts"] = reply.attempts
+        when = time.gmtime(reply.answered_at)
+        return message | {
+            "response": reply.answer,
+            "error": error,
+            "model": reply.model,
+            "answered_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", when),
+            "usage": reply.usage,
+            "settings": self.settings,
+        }
 
 
-async def pause(until: asyncio.Event, seconds: float) -> None:
-    """Waits for the event, but not for more than so many seconds."""
+def to_line(row: Row) -> bytes:
+    """A line of strict JSON in UTF-8. Raises ValueError for what cannot be one: NaN."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def clean(message: str) -> str:
+    """A server's words on one line, without control characters."""
+    message = "".join(char if char.isprintable() else " " for char in message[:5000])
+    return " ".join(message.split())[:300]
+
+
+def decode(content: bytes, key: str) -> Any:
+    """The JSON value in the body of a reply, or its text. A key in it is replaced."""
+    if len(key) > 7:  # a shorter one is any word, for a local server
+        content = content.replace(key.encode(), b"[key]")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return content.decode(errors="replace")
+
+
+def find(names: str, body: Any) -> list[str]:
+    """The texts under these names in a body, however deep a gateway wraps them."""
+    found = re.findall(rf'"(?:{names})": ("(?:[^"\\]|\\.)*")', json.dumps(body))
+    return [json.loads(text) for text in found]
+
+
+def read_failure(status: int, body: Any, headers: Mapping[str, str]) -> Reply:
+    """The reply for an error, with the server's reason and what to do about it."""
+    error: ErrorType = "server_error" if status >= 500 else "settings"
+    seen = {str(status), *find("code|type", body)}
+    for kind, names in MEANING.items():
+        if seen.intersection(names.split()):
+            error = kind
+            break
+    setting = "".join(find("param", body)[:1])
+    if setting and error == "unclear":
+        about_message = setting.startswith(("input", "messages", "prompt"))
+        error = "bad_request" if about_message else "settings"
+    # Gateways have their own shapes, and wrap the words of the server behind them.
+    reasons = (
+        find("raw", body) or find("message|msg", body) or find("detail|error", body)
+    )
+    message = f"status {status}: {(reasons or [str(body)[:200]])[0]}"
+    if error == "settings":
+        advice = ADVICE.get(status, f"the setting {setting!r} is not accepted")
+        message = f"{advice}; {message}"
+    if error == "account":
+        message = f"{ADVICE.get(status, ADVICE[402])}; {message}"
+    return Reply(None, error, message, seconds_asked(headers), headers)
+
+
+def seconds_asked(headers: Mapping[str, str]) -> float:
+    """How long the server asks us to wait, in seconds; 0 if it does not say."""
+    asked = headers.get("retry-after", "")
+    seconds = 0.0
+    with contextlib.suppress(ValueError):
+        seconds = email.utils.parsedate_to_datetime(asked).timestamp() - time.time()
+    with contextlib.suppress(ValueError):
+        seconds = float(asked)
+    with contextlib.suppress(ValueError):
+        seconds = float(headers.get("retry-after-ms", "")) / 1000
+    return seconds if 0 < seconds < math.inf else 0.0
+
+
+def connect(offline: bool, concurrency: int) -> openai.AsyncOpenAI:
+    """A client for the key and the address of the environment. Raises StopRun."""
+    url = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    proxies = urllib.request.getproxies()
+    if offline:
+        url, key, proxies = "http://offline", "offline", {}
+    if not key:
+        raise StopRun("OPENAI_API_KEY holds no key: set it, or try --offline")
+    address = url.partition("?")[0]
+    parts = re.fullmatch(f"(https?)://{HOST}(/\\S*)?", address, re.IGNORECASE)
+    if not parts:
+        raise StopRun(f"OPENAI_BASE_URL is {url!r}: it has to be like http://host/v1")
+    scheme, host = parts[1].lower(), parts[2]
+    proxy = proxies.get(scheme) or proxies.get("all") or ""
+    wanted = f"(https?://)?(\\S+@)?{HOST}/?"
+    used = proxy and not urllib.request.proxy_bypass(host)
+    if used and not re.fullmatch(wanted, proxy, re.IGNORECASE):
+        raise StopRun("only HTTP proxies work, no SOCKS: see ALL_PROXY and HTTPS_PROXY")
+    allow_open_files(concurrency + 50)
+    try:
+        http = openai.DefaultAioHttpClient(  # takes 40 % less CPU than the default
+            limits=type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=concurrency),
+            follow_redirects=False,  # they would carry the messages to another host
+            event_hooks={"response": [bound_body]},
+            trust_env=not offline,
+        )
+    except OSError as error:
+        raise StopRun(f"SSL_CERT_FILE has no certificates: {error}") from None
+    query = dict(http.build_request("GET", url).url.params)  # Azure's ?api-version=...
+    client = openai.AsyncOpenAI(
+        api_key=key,
+        base_url=address,
+        default_query=query,
+        http_client=http,
+        max_retries=0,  # `ask` does that
+        timeout=None,  # it would start anew at every read; `call` has its own
+    )
+    names = ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
+    for name, value in zip(names, (key, client.organization, client.project)):
+        if not re.fullmatch("[!-~]*", value or ""):
+            raise StopRun(f"{name} holds a line break, a blank or an accent")
+    return client
+
+
+def allow_open_files(count: int) -> None:
+    """Raises the limit of open files, as each connection is one. Raises StopRun."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise StopRun(f"--concurrency needs {count} open files, ulimit -n is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
+
+
+async def bound_body(reply: Any) -> None:
+    """Reads a reply's body, but not more than MOST_BYTES. A hook of the HTTP client."""
+    if not reply.request.url.path.endswith("/responses"):
+        return  # the results of a batch may be large
+    body = bytearray()
+    async for chunk in reply.aiter_raw():
+        body += chunk
+        if len(body) > MOST_BYTES:
+            raise OverflowError(f"the reply has more than {MOST_BYTES:,} bytes")
+    # The client reads it once more, from memory now.
+    reply.stream = type(reply)(200, content=bytes(body)).stream
+    reply.is_closed = reply.is_stream_consumed = False
+
+
+async def call(
+    client: openai.AsyncOpenAI, question: Question, seconds: float, message: Row
+) -> Reply:
+    """Asks about one message, once. What goes wrong on the way is in the reply."""
+    if question.offline:
+        await asyncio.sleep(random.lognormvariate(-1, 0.3))  # some 0.4 s
+        answer = question.example.model_dump(mode="json")
+        return Reply(answer, model="offline", usage=dict.fromkeys(TOKENS, 0))
+    # The body goes out as it is: EXTRA may hold what this SDK does not know, and the
+    # SDK does not have to walk over the schema again for every row.
+    parse = client.responses.with_raw_response.parse
+    sending = parse(extra_body=question.request(message))
+    try:
+        raw = await asyncio.wait_for(sending, seconds)
+        if len(raw.content) > MOST_BYTES:  # it was compressed
+            raise OverflowError(f"the reply has more than {MOST_BYTES:,} bytes")
+        reply = question.read(decode(raw.content, client.api_key))
+        reply.headers = raw.headers
+    except TimeoutError:
+        reply = Reply(None, "timeout", f"no answer within {seconds:g} s")
+    except openai.APIStatusError as error:
+        body = decode(error.response.content, client.api_key)
+        headers = error.response.headers
+        reply = read_failure(error.status_code, body, headers)
+        if error.status_code < 400:
+            there = str(error.request.url.join(headers.get("location", "")))
+            words = "the server has moved, set OPENAI_BASE_URL to "
+            reply = Reply(None, "account", words + there.removesuffix("/responses"))
+    except OverflowError as error:
+        reply = Reply(None, "bad_response", str(error))
+    except (openai.APIConnectionError, aiohttp.ClientError) as error:
+        reply = read_lost_connection(error, str(client.base_url))
+    reply.message = clean(reply.message)
+    return reply
+
+
+def read_lost_connection(error: BaseException, address: str) -> Reply:
+    """The reply for a connection that failed, with what to do about it."""
+    advice = ""
+    while error.__cause__:
+        error = error.__cause__
+        if isinstance(error, aiohttp.ClientConnectorCertificateError):
+            advice = "; set SSL_CERT_FILE to the certificates of your network"
+    return Reply(None, "connection", f"{address}: {error}{advice}")
+
+
+# --- 3. Many at a time ----------------------------------------------------------------
+# A request may start when these three agree:
+# 1. A slot is free. A semaphore gives out `--concurrency` slots. Only 8 are used before
+#    the first answer, so that a wrong key costs little, and 1 while the server seems
+#    down, that is after five failures or refusals in a row.
+# 2. No pause is on. After a refusal, or five failures in a row, all pause: for as long
+#    as the server asks, or for a moment that grows with its silence.
+# 3. Three token buckets have room. `requests` and `tokens` are copies of the server's
+#    own limits, kept as its headers tell. `pace` is for a server that tells nothing. It
+#    is unlimited until the first refusal, and then what was sent a second until then.
+# Example: a server takes 50 requests a second and tells nothing. The first refusal sets
+# the pace to half of what was sent, say 30 a second. Each answer adds 0.2. At 52 the
+# server refuses again, and the pace becomes 42 to 49: and so on.
+START = 8  # requests in flight before the first answer
+DOWN = 5  # failures in a row after which the server seems down
+BACKOFF = 0.5  # seconds; the n-th retry waits a random part of BACKOFF * 2**n
+PATIENCE = 600.0  # seconds without any answer that end the run
+OUTAGE = 60.0  # seconds; while the server seems down, a message spends one try in these
+SPARE = 4  # requests to leave room for, since other runs may share the account
+
+
+@dataclass
+class TokenBucket:
+    """Lets through `rate` a second, and `size` at once. Fills up as time goes by."""
+
+    rate: float = math.inf
+    size: float = math.inf
+    left: float = math.inf  # at the time `at`
+    at: float = field(default_factory=time.monotonic)
+    taken: float = 0.0  # since the time `since`
+    since: float = field(default_factory=time.monotonic)
+
+    def take(self, amount: float) -> None:
+        """Takes so much, even if less is left: then the next one waits for longer."""
+        self.left -= amount
+        self.taken += amount
+
+    def seconds_until(self, amount: float) -> float:
+        """Seconds until so much is left."""
+        now = time.monotonic()
+        if now > self.at:
+            self.left = min(self.size, self.left + self.rate * (now - self.at))
+            self.at = now
+        missing = min(amount, self.size) - self.left
+        if missing <= 0:
+            return 0.0
+        return missing / self.rate
+
+
+class Throttle:
+    """Says when the next request may start, and learns from every reply."""
+
+    def __init__(
+        self, options: argparse.Namespace, question: Question, proven: bool
+    ) -> None:
+        self.options = options
+        self.proven = proven  # whether there is an answer with these settings
+        self.slots = asyncio.Semaphore(options.concurrency)
+        self.queue = asyncio.Lock()  # who has a slot waits here for its turn
+        self.landed = asyncio.Event()  # set whenever a request ends
+        self.stopping = asyncio.Event()  # set when nothing more may start
+        self.reason: StopRun | OSError = StopRun("")  # why
+        self.requests = TokenBucket()
+        self.tokens = TokenBucket()
+        self.pace = TokenBucket()
+        self.usd_left = options.max_cost or math.inf
+        self.tokens_per_character = 0.3  # a moving average
+        self.usd_each = question.most_usd()  # of the dearest request
+        self.in_flight = 0
+        self.answers = 0
+        self.rejected = 0  # messages in a row
+        self.failures = Counter[str]()  # since the last answer, by type of error
+        self.last_heard = time.monotonic()  # when it answered or rejected a request
+        self.paused_until = 0.0
+        self.told_at = 0.0  # when the request was sent whose headers were read last
+
+    def stop(self, reason: StopRun | OSError) -> None:
+        """Lets nothing more start. What is in flight may land."""
+        if not self.stopping.is_set():
+            self.reason = reason
+        self.stopping.set()
+        self.landed.set()
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the server seems down."""
+        return self.failures.total() >= DOWN
+
+    def seconds_to_wait(self, tokens: float) -> float:
+        """Seconds until the next request may start; infinity: not before one lands."""
+        # Before the first answer nobody knows what one costs.
+        alone = self.is_down or (not self.answers and self.usd_left < math.inf)
+        if alone and self.in_flight:
+            return math.inf
+        if not self.answers and self.in_flight >= START:
+            return math.inf
+        if (self.in_flight + 1) * self.usd_each > self.usd_left:
+            return math.inf
+        return max(
+            self.paused_until - time.monotonic(),
+            self.pace.seconds_until(1),
+            self.requests.seconds_until(1 + min(SPARE, self.requests.rate)),
+            self.tokens.seconds_until(tokens + min(SPARE * tokens, self.tokens.rate)),
+        )
+
+    async def wait_for_turn(self, tokens: float) -> None:
+        """Returns when the next request may start. Raises StopRun if none may."""
+        while True:
+            if self.stopping.is_set():
+                raise self.reason
+            seconds = self.seconds_to_wait(tokens)
+            if seconds <= 0:
+                return
+            if seconds == math.inf and not self.in_flight:
+                raise StopRun(f"--max-cost: less than {self.usd_each:.2g} USD is left")
+            self.landed.clear()
+            await pause(min(seconds, 1.0), self.landed)
+
+    async def send(self, request: Request, message: Row) -> Reply:
+        """The reply to one request, which starts as soon as it may. Raises StopRun."""
+        size = 500 + len(str(message))  # characters, with instructions and schema
+        async with self.slots:
+            async with self.queue:
+                tokens = size * self.tokens_per_character
+                await self.wait_for_turn(tokens)
+                sent_at = time.monotonic()
+                self.in_flight += 1
+                self.pace.take(1)
+                self.requests.take(1)
+                self.tokens.take(tokens)
+                taken = (self.requests.taken, self.tokens.taken)
+            try:
+                reply = await request(message)
+            finally:
+                self.in_flight -= 1
+                self.landed.set()
+        self.pay(reply, size)
+        if sent_at >= self.told_at:
+            self.told_at = sent_at
+            self.read_limits(reply.headers, taken)
+        if reply.error in TROUBLE:
+            self.slow_down(reply, sent_at)
+        elif reply.error != "no_room":
+            self.speed_up(reply)
+        self.judge(reply)
+        return reply
+
+    def pay(self, reply: Reply, size: int) -> None:
+        """Books what a request has cost, in tokens and in USD."""
+        if reply.usage:
+            used = sum(reply.usage.values()) / size
+            self.tokens_per_character += 0.1 * (used - self.tokens_per_character)
+        elif not reply.error and self.usd_left < math.inf:
+            self.stop(StopRun("--max-cost: this server does not tell what it used"))
+        self.usd_left -= reply.usd
+        self.usd_each = max(self.usd_each, reply.usd)
+
+    def read_limits(
+        self, headers: Mapping[str, str], taken: tuple[float, float]
+    ) -> None:
+        """Takes over what a reply says is left of the limits, which are per minute:
+        https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers"""
+        for name, bucket, taken_then in (
+            ("requests", self.requests, taken[0]),
+            ("tokens", self.tokens, taken[1]),
+        ):
+            limit = headers.get(f"x-ratelimit-limit-{name}", "")
+            left = headers.get(f"x-ratelimit-remaining-{name}", "")
+            if re.fullmatch("[1-9][0-9]{0,15},[0-9]{1,15}", f"{limit},{left}"):
+                bucket.rate = int(limit) / 60
+                bucket.size = int(limit)
+                # The headers describe the moment of sending.
+                bucket.left = int(left) - (bucket.taken - taken_then)
+                bucket.at = self.told_at
+
+    def speed_up(self, reply: Reply) -> None:
+        """The server has dealt with a request: the pace may grow."""
+        self.failures.clear()
+        self.last_heard = time.monotonic()
+        self.answers += not reply.error
+        self.pace.rate += 0.2
+        self.pace.size = max(1.0, self.pace.rate / 20)
+
+    def slow_down(self, reply: Reply, sent_at: float) -> None:
+        """The server has refused a request, or failed. One failure among answers does
+        nothing. After a refusal, or five failures in a row, all pause."""
+        self.failures[str(reply.error)] += 1
+        refused = reply.error == "rate_limit"
+        if not refused and not self.is_down:
+            return
+        now = time.monotonic()
+        seconds = reply.retry_after
+        # What was sent before the last pause met the same jam, and is no news.
+        if sent_at >= self.pace.since:
+            seconds = max(seconds, 0.05 + min(10.0, (now - self.last_heard) / 5))
+            self.restart_pace(now + seconds, refused or reply.error == "timeout")
+        # Other runs may be waiting, too: not all should go on at the same moment.
+        seconds *= random.uniform(1.0, 1.2)
+        self.paused_until = max(self.paused_until, now + seconds)
+
+    def restart_pace(self, at: float, jammed: bool) -> None:
+        """Begins to measure anew what is let through, from the end of a pause on. After
+        a jam the pace is what was let through since the last pause, or a bit less."""
+        seconds = time.monotonic() - self.pace.since
+        let_through = self.pace.taken - 1  # all but the one refused
+        rate = self.pace.rate
+        # A server that refuses everything is not slow, but down.
+        if jammed and let_through > 0:
+            found = let_through / seconds
+            if rate == math.inf:
+                rate = found / 2  # the server's own bucket was full at the start
+            else:
+                rate = max(0.8 * rate, min(0.95 * rate, 0.92 * found))
+        self.pace = TokenBucket(rate, max(1.0, rate / 20), left=0.0, at=at, since=at)
+
+    def judge(self, reply: Reply) -> None:
+        """Raises StopRun if there is no point in going on."""
+        if not reply.error:
+            self.proven = True
+            self.rejected = 0
+        if reply.error in ("settings", "unclear"):
+            self.rejected += 1
+        hopeless = reply.error == "settings" and not self.proven
+        if hopeless or reply.error == "account":
+            raise StopRun(reply.message)
+        if self.rejected >= (50 if self.proven else 24):
+            raise StopRun(f"{self.rejected} messages were rejected; {reply.message}")
+        if reply.retry_after > PATIENCE:
+            then = time.ctime(time.time() + min(reply.retry_after, 1e9))
+            raise StopRun(f"the limit is used up until {then}; {reply.message}")
+        silence = time.monotonic() - self.last_heard
+        patience = PATIENCE
+        advice = ""
+        if not self.answers and set(self.failures) == {"connection"}:
+            patience = 10.0
+        if not self.answers and set(self.failures) == {"timeout"}:
+            patience = 3 * self.options.timeout
+            advice = ", try a larger --timeout"
+        if silence > patience:
+            raise StopRun(f"no answer for {silence:.0f} s; {reply.message}{advice}")
+
+
+async def pause(seconds: float, until: asyncio.Event) -> None:
+    """Sleeps, but not longer than until the event."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(until.wait(), seconds)
 
 
-class Throttle:
-    """Says when the next request may start, and learns from every reply. A request
-    needs a slot, no brake on, and room in the mirrors of the server's limits. The
-    window of slots grows while the server keeps up, and is cut when not (AIMD)."""
-
-    def __init__(self, args: argparse.Namespace, api: openai.AsyncOpenAI) -> None:
-        self.args, self.api, self.slots = args, api, asyncio.Semaphore(args.concurrency)
-        self.turnstile, self.landed = asyncio.Lock(), asyncio.Event()
-        self.stopping, self.reason = asyncio.Event(), BaseException()
-        self.started = self.alive_at = self.last_cut = now = time.monotonic()
-        self.full_at = self.brake_until = self.until = now  # until: the next may start
-        # Before the first answer nobody knows what one costs.
-        self.window = 1.0 if args.capped else float(min(START, args.concurrency))
-        longest = args.request.get("max_output_tokens", 0)  # else the dearest so far
-        self.ceiling = longest * args.prices[1] / 1e6  # USD, of an answer
-        self.in_flight, self.fast, self.why = 0, True, "rate limited"  # fast: doubling
-        self.waited = 0.0  # seconds with a brake on
-        self.mirrors = self.requests, self.tokens = Mirror("requests"), Mirror("tokens")
-        self.density = 0.3  # tokens per character; soon up, slowly down
-        self.paid = self.booked = self.dearest = 0.0  # USD: all, in flight, a character
-        self.pace, self.marked = 0.0, (now, 0.0)  # let through a second; at last 429
-        self.answered, self.failures, self.refusals = "", 0, 0  # text; in a row; in all
-        self.held = list[Row]()  # not written yet
-        self.outcomes, self.usage = Counter(answered=0), Counter[str]()  # of the rows
-        self.latencies = deque[float](maxlen=10_000)
-
-    @property
-    def down(self) -> bool:
-        """Whether the server has answered before, and now fails every request."""
-        return bool(self.answered) and self.failures >= 5
-
-    async def send(self, text: str) -> Reply:
-        """What came of one request, sent when its turn has come. May raise StopRun."""
-        async with self.turnstile:  # one at a time, first come first served
-            while (wait := self.wait(text)) or self.down:
-                if wait:
-                    await pause(self.landed, wait)
-                    self.landed.clear()
-                else:  # or is it these messages? ask one that was answered before
-                    await self.attempt(self.answered)
-        return await self.attempt(text)
-
-    def costs(self, text: str) -> tuple[float, float, float]:
-        """What a request may take, by those so far: requests, tokens, USD."""
-        size = len(text) + OVERHEAD
-        return 1.0, size * self.density, size * self.dearest + self.ceiling
-
-    def wait(self, text: str) -> float:
-        """Seconds until the next request may start; 0 if it may now. Raises StopRun."""
-        now, (requests, tokens, usd) = time.monotonic(), self.costs(text)
-        over_budget = self.paid + self.booked + usd > self.args.max_cost
-        if over_budget and not self.in_flight:
-            raise StopRun(f"--max-cost reached, {self.paid:.4f} USD spent")
-        waits = self.requests.wait(requests), self.tokens.wait(tokens)
-        wait = max(0.0, self.brake_until - now, *waits)
-        if wait > PATIENCE and not self.in_flight:
-            then = time.ctime(time.time() + min(wait, 1e9))
-            raise StopRun(f"the limit is used up until {then}: run it again then")
-        if self.stopping.is_set():
-            raise StopRun
-        if over_budget or self.in_flight >= max(1, int(self.window) - len(self.held)):
-            self.full_at = now
-            return 60.0  # or rather until one lands
-        self.until, self.why = now + wait, self.why if wait else "rate limited"
-        return wait
-
-    async def attempt(self, text: str) -> Reply:
-        """Sends a request now, and learns from the reply. May raise StopRun."""
-        sent, (*costs, usd) = time.monotonic(), self.costs(text)
-        spent = [mirror.spend(cost) for mirror, cost in zip(self.mirrors, costs)]
-        self.in_flight, self.booked = self.in_flight + 1, self.booked + usd
-        try:
-            async with self.slots:
-                reply = await call(self.api, self.args, text)
-        finally:
-            self.in_flight, self.booked = self.in_flight - 1, self.booked - usd
-            self.landed.set()
-        if reply.usage:
-            size = len(text) + OVERHEAD
-            dense = sum(reply.usage.values()) / size
-            self.density = max(dense, self.density + 0.1 * (dense - self.density))
-            used = zip(self.args.prices, reply.usage.values())
-            paid = sum(price * tokens for price, tokens in used) / 1e6
-            self.paid, self.dearest = self.paid + paid, max(self.dearest, paid / size)
-        elif self.args.capped and reply.response:
-            self.stop(StopRun("--max-cost: this server does not say what it used"))
-        for mirror, cost, by_then in zip(self.mirrors, costs, spent):
-            mirror.read(reply, sent, by_then, cost)
-        if reply.error in (*TROUBLE, "rate_limit"):
-            self.slow_down(reply, sent)
-        elif self.answered or not reply.doubtful:
-            self.alive_at, self.answered, self.failures = time.monotonic(), text, 0
-            self.latencies.append(self.alive_at - sent)
-            if not self.requests.limit:  # a guessed rate: find out if there is more
-                self.requests.rate *= 1.008
-            if sent <= self.full_at:  # all of the window was in use since then
-                more = 2.0 if self.fast else 1 / self.window
-                self.window = min(self.args.concurrency, self.window + more)
-        return reply
-
-    def slow_down(self, reply: Reply, sent: float) -> None:
-        """Brakes all and cuts the window, once for all that was sent before the cut."""
-        now, news = time.monotonic(), sent >= self.last_cut
-        quiet, refused = now - self.alive_at, reply.status == 429
-        self.refusals += refused
-        self.failures += not refused
-        stuck = reply.error == "timeout" and self.failures >= 3
-        rest, least = max(2 * BACKOFF, quiet), 0.0
-        if refused:
-            why, through = "rate limited", self.requests.spent - self.refusals
-            if news and through - self.marked[1] >= 5:
-                # Used up then and used up now: what went through since is the rate. The
-                # first time it is too much: at the start the bucket was full.
-                found = (through - self.marked[1]) / (now - self.marked[0])
-                found *= 0.5 if self.fast else 1.0
-                self.pace, self.marked = max(0.85 * self.pace, found), (now, through)
-            least = self.pace * sum(self.latencies) / max(1, len(self.latencies))
-        elif self.down:
-            why, least = f"server down ({reply.error})", START
-        elif reply.status in (503, 529) or stuck:
-            why, rest = "server overloaded", quiet
-        else:
-            return
-        if news:
-            cut = self.window * (0.0 if self.down else 0.5 if self.fast else 0.9)
-            self.window = min(self.args.concurrency, max(1.0, cut, least))
-            self.last_cut, self.fast = now, self.down
-            if quiet > PATIENCE + self.args.timeout:
-                raise StopRun(f"{why}, no answer for {quiet:.0f} s: run it again later")
-        wait = reply.wait or random.uniform(0.1, 0.2) * min(60.0, rest) * news
-        until = now + wait * random.uniform(1, 1.1)  # other runs wait as well
-        self.waited += max(0.0, until - max(now, self.brake_until))
-        self.brake_until, self.why = max(self.brake_until, until), why
-        if refused and self.pace and not self.requests.limit:
-            self.requests.left, self.requests.full = 1.0, max(2.0, self.pace)
-            self.requests.rate, self.requests.seen = self.pace, self.brake_until
-
-    def check_start(self) -> None:
-        """Raises StopRun if the first messages all failed: the others would, too."""
-        if len(self.held) >= 5 and not (self.answered or self.in_flight):
-            why = self.held[-1]["error"]["message"]
-            raise StopRun(f"the first all failed, check part 1 and the server: {why}")
-
-    def stop(self, reason: BaseException) -> None:
-        """Lets nothing more start: what waits gives up, what is in flight may land."""
-        self.reason = self.reason if self.stopping.is_set() else reason
-        self.stopping.set()
-        self.landed.set()
+async def back_off(retry: int, until: asyncio.Event) -> None:
+    """Sleeps before the n-th retry, exponentially longer each time, with full jitter:
+    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/"""
+    longest = min(60.0, BACKOFF * 2 ** min(retry, 10))
+    await pause(random.uniform(0, longest), until)
 
 
-async def ask(throttle: Throttle, row: Row) -> Row:
-    """The row of a message: its answer, or the error of its last try."""
-    attempts, refusals, usage, began = 0, 0, Counter[str](), time.monotonic()
+async def ask(throttle: Throttle, request: Request, message: Row) -> Reply:
+    """The final reply about a message: an answer, or the error of the last try. It has
+    the usage and the cost of all tries. Raises StopRun."""
+    usage = Counter[str]()
+    usd = 0.0
+    tries = 0
+    refusals = 0
+    last_try = time.monotonic()
     while True:
-        reply = await throttle.send(row["text_message"])
+        reply = await throttle.send(request, message)
         usage.update(reply.usage or {})
-        refusals += reply.status == 429
-        # Refused again and again while others are answered: larger than the limit.
-        refused = refusals > 30 and throttle.alive_at > began
-        excused = throttle.down or (reply.error == "rate_limit" and not refused)
-        attempts += not excused
-        if reply.error not in RETRIED or attempts >= throttle.args.max_attempts:
+        usd += reply.usd
+        if reply.error in ("rate_limit", "no_room") and refusals < 100:
+            refusals += 1  # a refusal is a wait, and no try
+            if reply.error == "no_room":
+                await back_off(refusals, throttle.stopping)
+            continue
+        silence = time.monotonic() - last_try
+        if reply.error in TROUBLE and throttle.is_down and silence < OUTAGE:
+            continue
+        last_try = time.monotonic()
+        tries += 1
+        if reply.error not in RETRIED or tries >= throttle.options.max_attempts:
             break
-        if not excused:  # back off with full jitter; waiting holds no slot
-            # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
-            longest = min(60.0, BACKOFF * 2 ** min(attempts, 10))
-            await pause(throttle.stopping, random.uniform(0, longest))
-    error = {"type": reply.error, "message": reply.message, "attempts": attempts}
-    row |= {"response": reply.response, "error": error if reply.error else None}
-    row |= {"model": reply.model, "usage": dict(usage) or None}
-    return row | {"settings": throttle.args.settings}
+        await back_off(tries, throttle.stopping)
+    reply.usage = dict(usage) or None
+    reply.usd = usd
+    reply.attempts = tries
+    return reply
 
 
-def say(line: str) -> None:
-    """Prints to standard error, above the bar."""
-    with contextlib.suppress(OSError):  # nobody reads it: no reason to stop
-        tqdm.write(line, file=sys.stderr)
+# How a run ends. All is done: the workers return. Or something calls `stop`: a worker
+# that met a StopRun or a full disk, or Ctrl-C. Each worker finishes its request then,
+# and meets the reason in `wait_for_turn`. Or a second Ctrl-C cancels all of them.
+async def answer_each(
+    messages: Iterator[Row],
+    request: Request,
+    keep: Keep,
+    throttle: Throttle,
+) -> None:
+    """Asks about all messages and hands each final reply to `keep`. Raises StopRun, or
+    what `keep` raised."""
 
-
-def describe(throttle: Throttle) -> str:
-    """How the run goes, for the bar."""
-    errors = throttle.outcomes.total() - throttle.outcomes["answered"]
-    wait, now = throttle.until - time.monotonic(), f"{throttle.in_flight} in flight"
-    if wait > 0.5:
-        now = f"{throttle.why}, {wait:.0f} s"
-    spent = f", ${throttle.paid:.2f}" if throttle.paid else ""
-    return f"{errors:,} errors, {now}{spent}"
-
-
-async def attend(throttle: Throttle, bar: Any, sync: Any) -> None:
-    """At every BEAT: how it goes, to the bar, and what was written, to the disk."""
-    for beat in itertools.count(1):
-        await asyncio.sleep(BEAT)
-        bar.set_postfix_str(describe(throttle))
-        if bar.disable and beat % 60 == 0:  # no terminal: a line now and then
-            done, total = bar.n + throttle.outcomes.total(), bar.total
-            share = f"{done:,} of {total:,}" if total else f"{done:,}"
-            say(f"{share} rows, {describe(throttle)}")
+    # Workers share one iterator. A task for each message, as `gather` makes, would take
+    # 171 MiB for 100,000 messages; 50 workers take 22. Sharing is safe, because another
+    # worker can take over only at an await.
+    async def work() -> None:
         try:
-            await asyncio.to_thread(sync or bool)  # bool: nothing to do
+            for message in messages:
+                keep(message, await ask(throttle, request, message))
         except (StopRun, OSError) as reason:
             throttle.stop(reason)
 
-
-def settle(throttle: Throttle, bar: Any, keep: Callable[[Row], object]) -> None:
-    """Hands over the rows held, counts them and moves the bar: the one place for it."""
-    while throttle.held:
-        row = throttle.held[-1]
-        keep(row)  # where that fails it stays among the held
-        throttle.held.pop()
-        kind = row["error"]["type"] if row["error"] else "answered"
-        throttle.outcomes[kind] += 1
-        throttle.usage.update(row["usage"] or {})
-        if row["error"] and throttle.outcomes[kind] == 1:  # of each an example
-            say(f"line {row['line']}: {kind}, {row['error']['message']}")
-        bar.set_postfix_str(describe(throttle), refresh=False)
-        bar.update()
-
-
-async def answer_each(
-    queue: Iterator[Row], throttle: Throttle, bar: Any, keep: Any, sync: Any = None
-) -> None:
-    """Answers all messages; `keep` gets each row, `sync` is called now and then. Raises
-    what stopped it. The first Ctrl-C lets those in flight land."""
-
-    # Workers on one iterator, not a task for each message: 100,000 messages would be
-    # 171 MiB of tasks. Sharing is safe: only at an await can another worker take over.
-    async def work() -> None:
+    async with asyncio.TaskGroup() as workers:
+        count = 2 * throttle.options.concurrency  # some of them only wait for a retry
+        tasks = [workers.create_task(work()) for _ in range(count)]
         try:
-            for message in queue:
-                throttle.held.append(await ask(throttle, message))
-                if throttle.answered:
-                    settle(throttle, bar, keep)
-                throttle.check_start()
-        except (StopRun, OSError) as reason:  # OSError: of the file that `keep` writes
-            throttle.stop(reason)
-
-    me, loop = asyncio.current_task(), asyncio.get_running_loop()
-    if sync and me:  # not asyncio's own handler: its second Ctrl-C breaks into any task
-        signal.signal(signal.SIGINT, lambda *_: loop.call_soon_threadsafe(me.cancel))
-    async with throttle.api, asyncio.TaskGroup() as tasks:
-        watch = tasks.create_task(attend(throttle, bar, sync))
-        crew = range(throttle.args.concurrency + 100)  # more than slots: some only wait
-        workers = [tasks.create_task(work()) for _ in crew]
-        try:
-            await asyncio.wait(workers)
+            await asyncio.wait(tasks)
         except asyncio.CancelledError:
-            if sync:  # in a notebook nothing would keep what they bring
-                throttle.stop(KeyboardInterrupt())
-                say(f"waiting for {throttle.in_flight} in flight; Ctrl-C again to stop")
-                await asyncio.wait(workers)
+            # First, since on 3.11 `wait_for` may drop the cancellation of a worker.
+            throttle.stop(StopRun("interrupted", 130))
             raise
-        watch.cancel()
     if throttle.stopping.is_set():
         raise throttle.reason
-    settle(throttle, bar, keep)
 
 
 # --- 4. Files -------------------------------------------------------------------------
-def read_messages(path: Path, name: str, shard: tuple[int, int]) -> Iterator[Row]:
-    """The messages of INPUT but blank ones; of shard (k, n) every n-th from the k-th.
-    Raises StopRun at the first record that is no message."""
-    kind, count, read, line = path.suffix.lower(), 0, 0, 1  # line: where one begins
+BLANK = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")  # zero-width characters, too
+
+
+def read_messages(path: Path, name: str) -> Iterator[Row]:
+    """The messages of INPUT but blank ones; `name` is the field of .csv and .jsonl that
+    holds them. Raises StopRun at the first record that is no message."""
+    kind = path.suffix.lower()
+    read = 0
 
     def read_lines() -> Iterator[str]:
         nonlocal read
-        with open(path, "rb") as file:
-            for read, text in enumerate(file, 1):
-                yield text.decode("utf-8-sig" if read == 1 else "utf-8")
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            for read, text in enumerate(file, 1):  # noqa: B007
+                yield text
 
+    line = 1  # where the record begins
     try:
-        for record in read_table(read_lines()) if kind == ".csv" else read_lines():
-            if kind == ".jsonl" and record.strip():
-                record = from_json(record, allow_inf_nan=False)
-            fields = record if isinstance(record, dict) else {name: record}
-            if name not in fields:
-                raise ValueError(f"no {name!r} among {[*fields]}: see --field")
-            if not isinstance(text := fields.pop(name), str):
-                raise ValueError(f"the message is no text, but {text!r:.50}")
-            message = {"line": line, "text_message": text.rstrip("\r\n")}
-            message |= {"fields": fields} if fields is record else {}
-            to_line(message)  # raises ValueError for what JSON does not have
-            count += bool(text.strip())
-            if text.strip() and count % shard[1] == shard[0] % shard[1]:
+        lines = read_lines()
+        records: Iterable[Any] = read_table(lines) if kind == ".csv" else lines
+        line += read  # the header of a CSV
+        for record in records:
+            if kind == ".jsonl" and not BLANK.fullmatch(record):
+                record = json.loads(record.lstrip("\ufeff"))
+            message = to_message(line, record, name)
+            if not BLANK.fullmatch(message["text_message"]):
                 yield message
             line = read + 1
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise StopRun(f"{path}, line {line}: not UTF-8, save it as UTF-8") from None
-    except (ValueError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise StopRun(f"{path}, line {line}: {error}") from None
 
 
-def read_table(lines: Iterator[str]) -> Iterator[Any]:
-    """The records of a CSV file; a blank text for its header and for blank lines."""
+def read_table(lines: Iterator[str]) -> Iterator[Row | str]:
+    """The records of a CSV file, "" for a blank line. The header is read at once; the
+    delimiter is the one that makes the most columns of it."""
     csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(lines, strict=True)
-    header = next(rows, [])
-    if len({*header}) < len(header):
-        raise ValueError("two columns have the same name")
-    yield ""  # as the header counts as a line
-    for cells in rows:
-        if cells and len(cells) != len(header):
-            raise ValueError(f"{len(cells)} cells in {len(header)} columns")
-        yield dict(zip(header, cells)) if cells else ""
+    first = next(lines, "")
+    while re.search(r'(^|[,;\t|])"', first) and first.count('"') % 2:
+        # A line break in the name of a column.
+        first += next(lines, '"')
+    widths = {mark: len(next(csv.reader([first], delimiter=mark))) for mark in ",;\t|"}
+    mark = max(widths, key=widths.__getitem__)
+    table = csv.reader(itertools.chain([first], lines), delimiter=mark, strict=True)
+    header = next(table)
+    names = [name or f"unnamed {number}" for number, name in enumerate(header, 1)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two columns have the same name: {', '.join(names)}")
+
+    def to_record(cells: list[str]) -> Row | str:
+        if not cells:
+            return ""
+        if len(cells) != len(names):
+            raise ValueError(f"{len(cells)} cells, but {len(names)} columns")
+        # Spreadsheets add empty columns without a name.
+        columns = zip(header, names, cells)
+        return {name: cell for title, name, cell in columns if title or cell}
+
+    return map(to_record, table)
+
+
+def to_message(line: int, record: Any, name: str) -> Row:
+    """The message in a record of INPUT. Raises ValueError if there is none."""
+    message = {"line": line, "text_message": record}
+    if isinstance(record, dict):
+        if name not in record:
+            names = ", ".join(record)
+            raise ValueError(f"no field {name!r}, but {names}: choose one by --field")
+        message = {"line": line, "text_message": record.pop(name), "fields": record}
+    text = message["text_message"]
+    if not isinstance(text, str):
+        raise ValueError(f"the message is no text, but {json.dumps(text)[:50]}")
+    message["text_message"] = text.lstrip("\ufeff").removesuffix("\n")
+    to_line(message)  # raises ValueError for what JSON cannot hold
+    return message
 
 
 def lock(file: IO[bytes]) -> None:
-    """Locks `file` while this process lives. Raises OSError if another one has."""
+    """Locks a file while this process lives. Raises OSError if another one has it."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -641,355 +916,748 @@ def lock(file: IO[bytes]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-class Results:
-    """OUTPUT: locked against other runs; rows are appended, in the end put in order."""
+class Journal:
+    """OUTPUT: rows are appended as they come, and put into INPUT's order at the end. A
+    message is known by the text that is asked; until the end each text has one row."""
 
-    def __init__(self, path: Path, settings: str, restart: bool) -> None:
-        self.path, self.settings, self.gone = path.resolve(), settings, list[int]()
-        self.temporary, self.end = self.path.with_name(f".{self.path.name}.tmp"), 0
-        while True:
-            self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
-            try:
-                lock(self.file)
-            except (BlockingIOError, PermissionError):
-                self.file.close()
-                raise StopRun(f"another run is writing {path}: let it finish") from None
-            if restart and self.file.tell():
-                self.file.close()
-                names = (Path(f"{self.path}.bak{n or ''}") for n in itertools.count())
-                self.path.rename(next(name for name in names if not name.exists()))
-            elif self.is_there():  # else another run has just replaced it
-                self.temporary.touch()  # can it be put in order in the end?
-                return self.temporary.unlink()
-            self.file.close()
+    def __init__(self, path: Path, question: Question, restart: bool) -> None:
+        self.path = path.resolve()
+        self.temporary = self.path.with_name(f".{self.path.name}.tmp")
+        self.question = question
+        self.starts: dict[int, int] = {}  # where the row of a text starts; -1: asked
+        self.failed: set[int] = set()  # texts whose row is an error of this run
+        self.old_errors: dict[int, int] = {}  # where the error row of a text starts
+        self.end = 0  # the size of the file
+        self.file = self.open(restart)
 
-    def is_there(self) -> bool:
-        """Whether the open file is still the one at its path."""
-        mine = os.fstat(self.file.fileno())
-        return self.path.exists() and os.path.samestat(mine, self.path.stat())
-
-    def add(self, row: Row) -> None:
-        """Appends a row in one write. OSError if the disk is full; no torn row then."""
-        line, end = to_line(row), self.file.seek(0, os.SEEK_END)
-        if end < self.end:
-            raise StopRun(f"{self.path} was cut during the run")
-        if self.file.write(line) != len(line):
-            self.file.truncate(end)
-            raise OSError(28, "No space left on device")
-        self.end = end + len(line)
-
-    def sync(self) -> None:
-        """Makes the rows survive a power failure. Raises StopRun if OUTPUT is gone."""
-        os.fsync(self.file.fileno())
-        if not self.is_there():
-            raise StopRun(f"{self.path} was moved or deleted during the run")
+    def open(self, restart: bool) -> IO[bytes]:
+        """The file, locked. Raises StopRun if another run writes it."""
+        file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+        try:
+            lock(file)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise StopRun(f"another run writes {self.path}: let it finish") from None
+        if restart and file.seek(0, os.SEEK_END):
+            file.close()
+            names = (Path(f"{self.path}.bak{n or ''}") for n in itertools.count())
+            self.path.rename(next(name for name in names if not name.exists()))
+            return self.open(restart=False)
+        self.temporary.touch()  # can the rows be put in order in the end?
+        self.temporary.unlink()
+        return file
 
     def load(self) -> None:
-        """Notes, by the hash of a text, where its answers and last error are. Drops a
-        torn last line. StopRun at one that is no row, or made with other settings."""
-        self.answers, self.errors = dict[int, int](), dict[int, int]()
-        self.others = defaultdict[int, deque[int]](deque)  # of texts that come again
-        offset, start = 0, b'{"line": '
+        """Finds the rows of earlier runs. Raises StopRun at a line that is no row."""
+        whole = True
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 where = f"{self.path}, line {number}"
-                if not line.endswith(b"\n") and start.startswith(line[: len(start)]):
-                    self.file.truncate(offset)
-                    say(f"{where}: torn by a crash; dropped, and asked again")
-                    break
+                whole = line.endswith(b"\n")
                 try:
-                    row = from_json(line, allow_inf_nan=False)
-                    made, key = row["settings"], hash(row["text_message"])
-                    answered = row["response"] is not None
-                except (ValueError, LookupError, TypeError):
-                    raise StopRun(f"{where}: not a row; mend or delete it") from None
-                if made != self.settings:
-                    made = f"{where}: made by {row.get('model')} or another part 1"
-                    raise StopRun(f"{made}; choose another OUTPUT, or --restart")
-                if not answered:
-                    self.errors[key] = offset
-                elif self.answers.setdefault(key, offset) < offset:  # it has one
-                    self.others[key].append(offset)
-                offset += len(line)
-        self.end = offset
+                    if line.strip():
+                        self.load_row(json.loads(line.decode("utf-8-sig")))
+                    self.end += len(line)
+                except (ValueError, LookupError, TypeError, RecursionError) as error:
+                    torn = isinstance(error, ValueError) and not whole
+                    if not torn or not b'{"line": '.startswith(line[:9]):
+                        raise StopRun(f"{where} is no row of results") from None
+                    say(f"{where} was cut off by a crash: its message is asked again")
+                    self.file.truncate(self.end)
+                    whole = True
+        if not whole:
+            self.end += self.file.write(b"\n")
 
-    def take(self, key: int, otherwise: int = -1) -> int:
-        """The offset of the next answer to that text; `otherwise` if none is left."""
-        offset = self.answers.pop(key, otherwise)
-        if self.others.get(key):
-            self.answers[key] = self.others[key].popleft()
-        return offset
+    def load_row(self, row: Row) -> None:
+        """Notes a row of an earlier run. With other settings an error is dropped, and
+        an answer raises StopRun."""
+        answered = row["response"] is not None
+        if row["settings"] == self.question.settings:
+            found = self.starts if answered else self.old_errors
+            found.setdefault(self.question.key(row), self.end)
+        elif answered:
+            raise StopRun(
+                f"{self.path} has answers of {row.get('model')} with another prompt or "
+                "setting: choose another OUTPUT, or --restart"
+            )
 
-    def missing(self, keys: array[int]) -> bytearray:
-        """For each message, by the hash of its text, 1 if it has no answer, else 0."""
-        self.load()
-        known = (key in self.answers or key in self.errors for key in keys)
-        if (self.answers or self.errors) and not any(known):
-            raise StopRun(f"{self.path} answers other messages: choose another OUTPUT")
-        return bytearray(self.take(key) < 0 for key in keys)
+    def has_answer(self, key: int) -> bool:
+        """Whether there is an answer to a text."""
+        return self.starts.get(key, -1) >= 0 and key not in self.failed
+
+    def missing(self, messages: Iterable[Row]) -> Iterator[Row]:
+        """The messages to ask about: each text once, if it has no answer."""
+        # What an earlier pass has asked in vain is missing again.
+        for key in [key for key, start in self.starts.items() if start < 0]:
+            del self.starts[key]
+        for message in messages:
+            key = self.question.key(message)
+            if key not in self.starts:
+                self.starts[key] = -1
+                yield message
+
+    def add(self, row: Row) -> None:
+        """Appends a row in one write. A kill costs no row, only what was in flight.
+        Raises OSError if the disk is full; no part of the row is left then."""
+        line = to_line(row)
+        start = self.file.seek(0, os.SEEK_END)
+        if start < self.end:
+            self.sync()
+        if self.file.write(line) < len(line):
+            self.file.truncate(start)
+            raise OSError(28, "No space left on device", str(self.path))
+        self.end = start + len(line)
+        key = self.question.key(row)
+        self.starts[key] = start
+        self.old_errors.pop(key, None)
+        self.failed.discard(key)
+        if row["error"]:
+            self.failed.add(key)
+
+    def sync(self) -> None:
+        """Makes the rows survive a power failure. Raises StopRun if they are gone."""
+        os.fsync(self.file.fileno())
+        mine = os.fstat(self.file.fileno())
+        if not self.path.exists() or not os.path.samestat(mine, self.path.stat()):
+            raise StopRun(f"{self.path} was moved or deleted during the run")
+        if mine.st_size < self.end:
+            raise StopRun(f"{self.path} was emptied or cut during the run")
 
     def in_order(self, messages: Iterable[Row]) -> Iterator[bytes]:
-        """The rows in INPUT's order, with its lines and fields; the others behind."""
-        self.load()
-        gone = dict(self.errors)  # in the end those whose message left INPUT
+        """The rows in INPUT's order, then those whose text has left INPUT."""
+        others = self.starts | self.old_errors
         with open(self.path, "rb") as file:
             for message in messages:
-                key = hash(message["text_message"])
-                gone.pop(key, None)
-                offset = self.take(key, self.errors.get(key, -1))
-                if offset >= 0:
-                    file.seek(offset)
-                    yield to_line(from_json(file.readline()) | message)
-            answers = itertools.chain(self.answers.values(), *self.others.values())
-            self.gone = sorted([*gone.values(), *answers])
-            for offset in self.gone:
-                file.seek(offset)
-                yield file.readline()
+                key = self.question.key(message)
+                start = self.starts.get(key, -1)
+                if start < 0:
+                    start = self.old_errors.get(key, -1)
+                if start < 0:
+                    continue  # not asked yet
+                file.seek(start)
+                row = json.loads(file.readline())
+                for name in ("line", "text_message", "fields"):
+                    row.pop(name, None)
+                if others.pop(key, None) is None:
+                    row["usage"] = None  # it stands in the first row with this text
+                yield to_line(message | row)
+            for start in others.values():
+                if start >= 0:
+                    file.seek(start)
+                    yield file.readline()
 
-    def order(self, messages: Iterable[Row]) -> None:
-        """Puts OUTPUT in INPUT's order, in one atomic step."""
+    def close(self, messages: Iterable[Row]) -> None:
+        """Puts the rows in INPUT's order, by one atomic replace."""
         try:
             self.sync()  # no other file than ours is to be replaced
-            with open(self.temporary, "wb") as new:
-                new.writelines(self.in_order(messages))
-                new.flush()
-                os.fsync(new.fileno())
-            if not filecmp.cmp(self.path, self.temporary, shallow=False):
-                shutil.copymode(self.path, self.temporary)
-                if sys.platform == "win32":
-                    self.file.close()  # Windows replaces no open file
-                self.temporary.replace(self.path)
+            with open(self.temporary, "wb") as ordered:
+                ordered.writelines(self.in_order(messages))
+                ordered.flush()
+                os.fsync(ordered.fileno())
+            self.temporary.chmod(self.path.stat().st_mode)
+            if sys.platform == "win32":
+                self.file.close()  # Windows replaces no open file
+            self.temporary.replace(self.path)
         finally:
             self.temporary.unlink(missing_ok=True)
+            self.file.close()
 
 
-# --- 5. No key yet? -------------------------------------------------------------------
-FORMATS = {"date": "2024-02-29", "time": "12:00:00Z", "uri": "https://example.org"}
-FORMATS |= {"date-time": "2024-02-29T12:00:00Z", "uuid": str(uuid.UUID(int=0))}
+# --- 5. Half the price ----------------------------------------------------------------
+# The Batch API answers within a day: https://platform.openai.com/docs/guides/batch
+# Nothing is remembered on this machine. A batch bears the settings and OUTPUT's name
+# from the moment it exists, so the provider's list shows what was submitted. To do
+# without batches, delete this part and the flag --batch.
+POLL = 60.0  # seconds between two looks at the list
+MOST_LINES = 50_000  # of a batch
+MOST_FILE_BYTES = 190_000_000  # the API takes 200 MB
+RUNNING = {"validating", "in_progress", "finalizing", "cancelling"}
 
 
-def placeholder(schema: Any, dice: random.Random, root: Any, depth: int = 0) -> Any:
-    """Something that fits the JSON schema; the same for the same dice."""
-    if "$ref" in schema:
-        schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
-    if options := schema.get("anyOf") or schema.get("oneOf"):
-        # What refers to itself has to end: null is last.
-        part = dice.choice(options) if depth < 5 else options[-1]
-        return placeholder(part, dice, root, depth + 1)
-    if "enum" in schema or "const" in schema:
-        return dice.choice(schema.get("enum") or [schema["const"]])
-    kind, step = schema.get("type"), 1 if schema.get("type") == "integer" else 0.01
-    if kind == "object":
-        fields = schema.get("properties", {}).items()
-        return {name: placeholder(part, dice, root, depth + 1) for name, part in fields}
-    if kind == "array":
-        least = schema.get("minItems", 0)
-        most = min(schema.get("maxItems", 3), least + 3) if depth < 5 else least
-        items = range(dice.randint(least, max(least, most)))
-        return [placeholder(schema["items"], dice, root, depth + 1) for _ in items]
-    low = schema.get("minimum", schema.get("exclusiveMinimum", -math.inf) + step)
-    high = schema.get("maximum", schema.get("exclusiveMaximum", math.inf) - step)
-    low = low if low > -math.inf else min(0, high - 100)
-    number = round(dice.uniform(low, min(high, low + 100)), 2 if step < 1 else None)
-    text = "Placeholder made offline: no model was asked."[: schema.get("maxLength")]
-    text = text.ljust(schema.get("minLength", 0), ".")
-    text = FORMATS.get(schema.get("format"), text)
-    other = {"boolean": dice.random() < 0.5, "null": None, "string": text}
-    return other.get(kind, number)
+class Batches:
+    """The batches of one OUTPUT at the provider."""
+
+    def __init__(
+        self, client: openai.AsyncOpenAI, journal: Journal, read: Reader, keep: Keep
+    ) -> None:
+        # A call that creates a batch is never repeated: it might be paid for twice.
+        self.create = client.with_options(timeout=600).batches.create
+        self.client = client.with_options(timeout=600, max_retries=5)
+        self.journal = journal
+        self.read = read
+        self.keep = keep
+        self.label = {
+            "settings": journal.question.settings,
+            "output": journal.path.name,
+        }
+        self.created: set[str] = set()  # ids of batches of this run
+        self.uploaded: list[str] = []  # ids of files of this run
+        self.done: set[str] = set()  # ids of batches that need no further look
+        self.most_lines = MOST_LINES
+        self.state = "looking for batches"  # for the bar
+
+    async def look(self) -> bool:
+        """Collects the batches that have ended. Returns whether others still run."""
+        running: list[str] = []
+        async for batch in self.client.batches.list(limit=100):
+            labelled = (batch.metadata or {}).items() >= self.label.items()
+            if not labelled or batch.id in self.done:
+                continue
+            if batch.status in RUNNING:
+                since = time.strftime("%a %H:%M", time.localtime(batch.created_at))
+                running.append(f"{batch.status} since {since}")
+                if batch.request_counts:
+                    ready = batch.request_counts.completed
+                    running[-1] += (
+                        f", {ready:,} of {batch.request_counts.total:,} ready"
+                    )
+                continue
+            if batch.status == "failed":
+                self.learn_limit(batch)
+            else:
+                await self.collect(batch)
+            self.done.add(batch.id)
+        self.state = f"{len(running)} batches: {'; '.join(running)}"
+        return bool(running)
+
+    def learn_limit(self, batch: openai.types.Batch) -> None:
+        """Makes batches smaller if this one was too large for the limit of the account.
+        Raises StopRun if a batch of this run failed for another reason."""
+        errors = (batch.errors and batch.errors.data) or []
+        if any(error.code == "token_limit_exceeded" for error in errors):
+            half = int((batch.metadata or {})["lines"]) // 2
+            self.most_lines = max(1, min(self.most_lines, half))
+        elif batch.id in self.created:
+            reasons = "; ".join(str(error.message) for error in errors)
+            raise StopRun(f"the provider rejects the batch: {clean(reasons)}")
+
+    async def collect(self, batch: openai.types.Batch) -> None:
+        """Writes the rows of a batch that has ended, then deletes its files."""
+        results = [name for name in (batch.output_file_id, batch.error_file_id) if name]
+        lines: dict[int, Row] = {}  # by the text that was asked
+        for file_id in results:
+            with contextlib.suppress(openai.NotFoundError):  # deleted before
+                file = await self.client.files.content(file_id)
+                for content in filter(bytes.strip, file.content.split(b"\n")):
+                    line = decode(content, self.client.api_key)
+                    lines[int(line["custom_id"], 16)] = line
+        if not lines:
+            return
+        journal = self.journal
+        for message in self.read():
+            key = journal.question.key(message)
+            line = lines.pop(key, None)
+            if line and not journal.has_answer(key):
+                reply = self.read_line(line)
+                # An error of an earlier run is known already, and asked again.
+                known = key in journal.old_errors and batch.id not in self.created
+                if reply and not (reply.error and known):
+                    self.keep(message, reply)
+        journal.sync()
+        # The lines left over may be those of another run, which still needs the files.
+        if lines.keys() <= journal.starts.keys():
+            await self.delete([batch.input_file_id, *results])
+
+    async def delete(self, file_ids: list[str]) -> None:
+        """Deletes files at the provider."""
+        for file_id in file_ids:
+            with contextlib.suppress(openai.NotFoundError):
+                await self.client.files.delete(file_id)
+
+    def read_line(self, line: Row) -> Reply | None:
+        """The reply in a line of the results; None if its message has to go again."""
+        response = line["response"]
+        if not response or not response["status_code"]:
+            return None  # it expired, was cancelled, or got lost
+        if response["status_code"] == 200:
+            reply = self.journal.question.read(response["body"], half_price=True)
+        else:
+            reply = read_failure(response["status_code"], response["body"], {})
+        reply.message = clean(reply.message)
+        again = reply.error in TROUBLE or reply.error == "no_room"
+        return None if again else reply
+
+    async def submit(self, messages: Iterator[Row]) -> bool:
+        """Submits a batch about the first of these messages. Returns whether there were
+        any."""
+        question = self.journal.question
+        count = 0
+        with tempfile.TemporaryFile() as file:
+            for message in itertools.islice(messages, self.most_lines):
+                line: Row = {"custom_id": f"{question.key(message):015x}"}
+                line |= {"method": "POST", "url": "/v1/responses"}
+                file.write(to_line(line | {"body": question.request(message)}))
+                count += 1
+                if file.tell() > MOST_FILE_BYTES:
+                    break
+            if not count:
+                return False
+            file.seek(0)
+            upload = ("messages.jsonl", file)
+            uploaded = await self.client.files.create(file=upload, purpose="batch")
+        self.uploaded.append(uploaded.id)
+        batch = await self.create(
+            input_file_id=uploaded.id,
+            endpoint="/v1/responses",
+            completion_window="24h",
+            metadata=self.label | {"lines": str(count)},
+        )
+        self.created.add(batch.id)
+        return True
 
 
-def start_offline_server(latency: float, load: Counter[str]) -> str:
-    """The address of a stand-in for the API, in a thread of this process: placeholders
-    after some `latency` seconds. `load` tells how many are "in flight", the "peak"."""
+async def answer_in_batches(
+    batches: Batches,
+    missing: Reader,
+    ask_live: Callable[[Iterator[Row]], Awaitable[None]],
+    throttle: Throttle,
+) -> None:
+    """Collects and submits batches until nothing is missing. Raises StopRun."""
+    # One message goes first and alone: it shows what is wrong.
+    if not throttle.proven:
+        await ask_live(itertools.islice(missing(), 1))
+    doubts = 0  # looks to take before the next batch, since one may exist already
+    states: list[tuple[int, int]] = []  # what there was when batches were submitted
+    while not throttle.stopping.is_set():
+        try:
+            running = await batches.look()
+            count = sum(1 for _ in missing())
+            if not running and not count:
+                await batches.delete(batches.uploaded)
+                return
+            if not running and not doubts:
+                state = (batches.journal.end, batches.most_lines)
+                if states[-2:] == [state, state]:
+                    raise StopRun("the batches bring no rows: see the provider's page")
+                await check_cost(count, missing, ask_live, throttle)
+                doubts = 2
+                messages = missing()
+                while not throttle.stopping.is_set() and await batches.submit(messages):
+                    pass
+                doubts = 0
+                states.append(state)
+                await batches.look()
+            doubts = max(0, doubts - 1)
+        except openai.APIStatusError as error:
+            body = decode(error.response.content, batches.client.api_key)
+            reply = read_failure(error.status_code, body, {})
+            if reply.error not in TROUBLE:
+                raise StopRun(f"no batch: {clean(reply.message)}") from None
+            say(clean(reply.message))
+        except openai.APIConnectionError as error:
+            say(f"the provider cannot be reached: {error.__cause__ or error}")
+        await pause(POLL, throttle.stopping)
+    raise throttle.reason
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            while head := await reader.readuntil(b"\r\n\r\n"):
-                size = int(re.findall(rb"(?i)content-length: *(\d+)", head)[0])
-                body = from_json(await reader.readexactly(size))
-                load["in flight"] += 1
-                load["peak"] = max(load["peak"], load["in flight"])
-                dice = random.Random(body["input"])  # same message, same answer
-                schema = body["text"]["format"]["schema"]
-                text = json.dumps(placeholder(schema, dice, schema))
-                part = {"type": "output_text", "text": text}
-                reply: Row = {"output": [{"type": "message", "content": [part]}]}
-                reply |= {"usage": dict(zip(TOKENS, (size // 4, len(text) // 4)))}
-                content = to_line(reply | {"model": "offline"})
-                await asyncio.sleep(latency * dice.lognormvariate(0, 0.3))
-                load["in flight"] -= 1
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
-                writer.write(b"Content-Length: %d\r\n\r\n" % len(content) + content)
-        writer.close()
 
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    starting = asyncio.start_server(serve, "127.0.0.1", 0, backlog=1000)
-    server = asyncio.run_coroutine_threadsafe(starting, loop).result()
-    return "http://{}:{}/v1".format(*server.sockets[0].getsockname())
+async def check_cost(
+    count: int,
+    missing: Reader,
+    ask_live: Callable[[Iterator[Row]], Awaitable[None]],
+    throttle: Throttle,
+) -> None:
+    """Raises StopRun if so many messages cost too much. Asks one to know the cost."""
+    if throttle.usd_left == math.inf:
+        return
+    if not throttle.usd_each:
+        await ask_live(itertools.islice(missing(), 1))
+        count -= 1
+    if not throttle.usd_each:
+        raise StopRun("--max-cost: the first message failed, so no cost is known")
+    usd = throttle.usd_each * count / 2
+    if usd > throttle.usd_left:
+        raise StopRun(f"--max-cost: {count:,} messages may take {dollars(usd)}")
 
 
 # --- 6. Command line ------------------------------------------------------------------
 LAYOUT = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}, {rate_fmt} {bar}"
-LOOK: dict[str, Any] = {"unit": "msg", "bar_format": LAYOUT}  # the bar fills the rest
 
 
-def parse_args(argv: list[str] | None, **given: Any) -> argparse.Namespace:
-    """The command line. Exits with status 2 and one line where it is wrong."""
-    parser = argparse.ArgumentParser(None, "%(prog)s INPUT OUTPUT [options]", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.allow_abbrev = False
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Exits with status 2 and a line about what is wrong with it."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s INPUT OUTPUT [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("input", metavar="INPUT", help=".txt: a message a line; .jsonl; .csv; -: stdin")
-    add("output", metavar="OUTPUT", help="the results, JSON Lines")
-    for name, metavar, default, text in (
-        ("--field", "NAME", "text", "field of .csv or .jsonl to ask about (text)"),
-        ("--model", "NAME", MODEL, "the model to ask (%(default)s)"),
-        ("--concurrency", "N", CONCURRENCY, "most requests in flight (%(default)s)"),
-        ("--timeout", "S", TIMEOUT, "seconds for one attempt (%(default)s)"),
-        ("--max-attempts", "N", MAX_ATTEMPTS, "tries for one message (%(default)s)"),
-        ("--limit", "N", sys.maxsize, "only the first N: a pilot, with an estimate"),
-        ("--max-cost", "USD", sys.float_info.max, "stop before this run costs more"),
-        ("--shard", "K/N", "1/1", "only every N-th message, from the K-th"),
+    add("output", metavar="OUTPUT", help="the results, .jsonl")
+    for name, metavar, kind, default, text in (
+        ("--field", "NAME", str, None, "field of .csv or .jsonl to ask about (text)"),
+        ("--model", "NAME", str, MODEL, "the model to ask (%(default)s)"),
+        (
+            "--concurrency",
+            "N",
+            int,
+            CONCURRENCY,
+            "most requests in flight (%(default)s)",
+        ),
+        ("--timeout", "S", float, TIMEOUT, "seconds for one attempt (%(default)s)"),
+        ("--max-attempts", "N", int, MAX_ATTEMPTS, "tries for a message (%(default)s)"),
+        ("--limit", "N", int, None, "only the first N: a pilot, with an estimate"),
+        ("--max-cost", "USD", float, None, "stop before this run costs more"),
+        ("--shard", "K/N", str, "1/1", "only every N-th message, from the K-th"),
     ):
-        add(name, metavar=metavar, type=type(default), default=default, help=text)
-    add("--offline", action="store_true", help="placeholder answers: no key, no cost")
-    add("--restart", action="store_true", help="begin again; keeps OUTPUT.bak")
-    args = parser.parse_args(argv, argparse.Namespace(**given))
+        add(name, metavar=metavar, type=kind, default=default, help=text)
+    add("--batch", action="store_true", help="half the price, within a day: Batch API")
+    add("--offline", action="store_true", help="answer with EXAMPLE: no key, no cost")
+    add("--restart", action="store_true", help="begin again; OUTPUT is kept as .bak")
+    options = parser.parse_args(argv)
+    try:
+        check(options)
+    except ValueError as error:
+        parser.error(str(error))
+    words = [word for word in argv or sys.argv[1:] if word != "--restart"]
+    join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
+    options.command = join(["python", sys.argv[0], *words])
+    options.no_bar = None  # that is, in a log
+    options.signals = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        options.signals.append(signal.SIGHUP)  # the terminal closes, without nohup
+    return options
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError at an option that makes no sense."""
     for name in ("concurrency", "timeout", "max_attempts", "limit", "max_cost"):
-        if not 0 < getattr(args, name) < math.inf:
-            option = name.replace("_", "-")
-            parser.error(f"argument --{option}: has to be above 0, and finite")
-    parts = re.fullmatch("([0-9]+)/([0-9]+)", args.shard)
-    args.shard = tuple(map(int, parts.groups())) if parts else (0, 0)
-    if not 1 <= args.shard[0] <= args.shard[1]:
-        parser.error("argument --shard: has to be like 1/4, 2/4, 3/4 or 4/4")
-    known = PRICES if args.model == MODEL and not args.offline else None
-    args.prices = known or (0.0, 0.0)  # USD per million tokens; 0 where none are known
-    args.capped = args.max_cost < sys.float_info.max and not args.offline
-    if args.capped and not known:
-        parser.error("argument --max-cost: needs the PRICES of that MODEL in part 1")
-    if "{text_message}" not in PROMPT:
-        parser.error("PROMPT in part 1 has no {text_message}, the place of the message")
-    args.request = build_request(args.model)
-    shape = json.dumps([args.request, PROMPT, args.offline], sort_keys=True)
-    # To pandas digits alone would be a number.
-    args.settings = "a" + hashlib.sha256(shape.encode()).hexdigest()[:7]
-    return args
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} has to be above 0")
+    shard = re.fullmatch("([0-9]+)/([0-9]+)", options.shard)
+    if not shard or not 1 <= int(shard[1]) <= int(shard[2]):
+        raise ValueError("--shard has to be like 1/4, 2/4, 3/4 or 4/4")
+    if options.batch and options.offline:
+        raise ValueError("--batch asks a provider, and --offline none: leave one out")
+    if not str(options.output).endswith(".jsonl"):
+        raise ValueError("OUTPUT has to end in .jsonl, for JSON Lines")
+
+
+def new_question(**changes: Any) -> Question:
+    """The question at the top of this file, with some of its parts changed."""
+    parts: dict[str, Any] = {"model": MODEL, "instructions": INSTRUCTIONS}
+    parts |= {"prompt": PROMPT, "example": EXAMPLE, "temperature": TEMPERATURE}
+    parts |= {"extra": EXTRA, "prices": PRICES}
+    if changes.get("model", MODEL) != MODEL:
+        parts["prices"] = None  # those above are of MODEL
+    return Question(**(parts | changes))
+
+
+def open_input(options: argparse.Namespace, folder: Path) -> Reader:
+    """What reads the messages of INPUT. Raises StopRun."""
+    source, output = Path(options.input), Path(options.output)
+    if options.input == "-":
+        if sys.stdin is None:
+            raise StopRun("-: standard input is closed")
+        source = folder / ("stdin.jsonl" if options.field else "stdin.txt")
+        with open(source, "wb") as copy:
+            copy.writelines(sys.stdin.buffer)
+    if source.suffix.lower() not in (".txt", ".jsonl", ".csv"):
+        raise StopRun(
+            f"{source} has to be .txt, .jsonl or .csv, or - for standard input"
+        )
+    for path in (source, output):
+        if path.exists() and not path.is_file():
+            raise StopRun(f"{path} is a folder or a device, and has to be a file")
+    if output.exists() and source.exists() and output.samefile(source):
+        raise StopRun(f"{output} is INPUT: choose another OUTPUT")
+    return lambda: read_messages(source, options.field or "text")
+
+
+def say(line: str) -> None:
+    """Prints to standard error, above the bar."""
+    with contextlib.suppress(OSError):  # nobody reads it: no reason to stop
+        tqdm.write(line, file=sys.stderr)
+
+
+def dollars(usd: float) -> str:
+    """An amount of money; a small one is shown to the hundredth of a cent."""
+    return f"{usd:,.2f} USD" if usd >= 1 else f"{usd:.4f} USD"
+
+
+class Progress:
+    """The bar, the counts, and the closing lines."""
+
+    def __init__(
+        self,
+        keys: Sequence[int],
+        has_answer: Callable[[int], bool],
+        no_bar: bool | None,
+    ) -> None:
+        self.keys = keys  # of the messages that are to have an answer
+        self.has_answer = has_answer
+        self.before = self.answered()  # by earlier runs
+        self.counts = Counter[str]()  # rows of this run, by type of error or "answered"
+        self.usage = Counter[str]()
+        self.usd = 0.0
+        self.started = self.printed = time.monotonic()
+        to_ask = {key for key in keys if not has_answer(key)}  # each text once
+        look: dict[str, Any] = {"unit": "msg", "bar_format": LAYOUT}
+        look |= {"initial": self.before, "disable": no_bar}
+        self.bar = tqdm(total=self.before + len(to_ask), **look)
+
+    def answered(self) -> int:
+        """How many messages have an answer by now."""
+        return sum(map(self.has_answer, self.keys))
+
+    def add(self, row: Row, usd: float) -> None:
+        """Counts a row and moves the bar. Prints the first error of each type."""
+        error = row["error"] or {"type": "answered"}
+        self.counts[error["type"]] += 1
+        self.usage.update(row["usage"] or {})
+        self.usd += usd
+        if row["error"] and self.counts[error["type"]] == 1:
+            say(f"line {row['line']}: {error['type']}, {error['message']}")
+        self.bar.update()
+
+    def show(self, state: str) -> None:
+        """Shows how it goes: behind the bar or, without a terminal, every 30 s."""
+        errors = self.counts.total() - self.counts["answered"]
+        state = f"{errors:,} errors, {state}"
+        if self.usd:
+            state += f", {dollars(self.usd)}"
+        self.bar.set_postfix_str(state)
+        if self.bar.disable and time.monotonic() > self.printed + 30:
+            self.printed = time.monotonic()
+            say(f"{self.answered():,} of {len(self.keys):,} answered, {state}")
+
+
+def describe(throttle: Throttle) -> str:
+    """What the run is doing just now."""
+    seconds = throttle.paused_until - time.monotonic()
+    if seconds < 0.5:
+        return f"{throttle.in_flight} in flight"
+    refused = "rate_limit" in throttle.failures or not throttle.is_down
+    return f"{'rate limited' if refused else 'server down'}, {seconds:.0f} s"
+
+
+@contextlib.contextmanager
+def caught(signals: Iterable[int], throttle: Throttle) -> Iterator[None]:
+    """Meanwhile a signal lets nothing more start, and a second one cancels the task."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+
+    def interrupt() -> None:
+        if throttle.stopping.is_set() and task:
+            task.cancel()
+        elif throttle.options.batch:
+            throttle.stop(
+                StopRun("the batches go on; the same command collects them", 130)
+            )
+        else:
+            say(
+                f"waiting for {throttle.in_flight} requests; Ctrl-C again stops at once"
+            )
+            throttle.stop(StopRun("interrupted", 130))
+
+    def on_signal(*_: object) -> None:
+        loop.call_soon_threadsafe(interrupt)
+
+    before = {number: signal.signal(number, on_signal) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+async def run(read: Reader, question: Question, options: argparse.Namespace) -> int:
+    """Answers all messages into OUTPUT; returns the exit status. Raises StopRun."""
+    k, n = map(int, options.shard.split("/"))
+
+    def shard() -> Iterator[Row]:
+        return itertools.islice(read(), k - 1, None, n)
+
+    keys = array("Q", map(question.key, shard()))
+    if not keys:
+        raise StopRun(f"{options.input}: there is no message in it")
+    if options.max_cost and not question.prices and not question.offline:
+        raise StopRun(
+            "--max-cost needs the PRICES of this model, at the top of the file"
+        )
+    async with connect(question.offline, options.concurrency) as client:
+        journal = Journal(Path(options.output), question, options.restart)
+        with journal.file:
+            journal.load()
+            if journal.starts and not any(key in journal.starts for key in keys):
+                raise StopRun(f"{journal.path} is about other messages: choose another")
+            return await fill(journal, client, shard, keys, options)
+
+
+async def fill(
+    journal: Journal,
+    client: openai.AsyncOpenAI,
+    read: Reader,
+    keys: Sequence[int],
+    options: argparse.Namespace,
+) -> int:
+    """Fills OUTPUT with what is missing; returns the exit status. Raises StopRun."""
+    question = journal.question
+    wanted = keys[: options.limit]
+    progress = Progress(wanted, journal.has_answer, options.no_bar)
+    throttle = Throttle(options, question, any(map(journal.has_answer, keys)))
+
+    def missing() -> Iterator[Row]:
+        return journal.missing(itertools.islice(read(), options.limit))
+
+    def keep(message: Row, reply: Reply) -> None:
+        row = question.row(message, reply)
+        journal.add(row)
+        progress.add(row, reply.usd)
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(1)
+            progress.show(batches.state if batches else describe(throttle))
+            try:
+                await asyncio.to_thread(journal.sync)
+            except (StopRun, OSError) as reason:
+                throttle.stop(reason)
+
+    async def request(message: Row) -> Reply:
+        return await call(client, question, options.timeout, message)
+
+    async def ask_live(messages: Iterator[Row]) -> None:
+        await answer_each(messages, request, keep, throttle)
+
+    batches: Batches | None = None
+    watcher = asyncio.create_task(watch())
+    try:
+        with progress.bar, caught(options.signals, throttle):
+            if options.batch:
+                batches = Batches(client, journal, read, keep)
+                await answer_in_batches(batches, missing, ask_live, throttle)
+            else:
+                await ask_live(missing())
+    finally:
+        watcher.cancel()
+        try:
+            journal.close(read())
+        finally:
+            for line in closing_lines(journal, throttle, progress, keys):
+                say(line)
+            finished = progress.answered() == len(progress.keys)
+            if options.command and not finished:
+                say(f"to resume: {options.command}")
+    return int(not finished)
+
+
+def closing_lines(
+    journal: Journal, throttle: Throttle, progress: Progress, keys: Sequence[int]
+) -> Iterator[str]:
+    """What the run has done and taken, and what the texts left may take."""
+    now, before, counts = progress.answered(), progress.before, progress.counts
+    earlier = f" ({before:,} before, {now - before:,} now)" if before else ""
+    yield f"{now:,} of {len(progress.keys):,} answered{earlier}"
+    written = counts["answered"] if journal.path.exists() else 0
+    if throttle.answers > written:
+        yield f"{throttle.answers - written:,} answers could not be kept"
+    errors = [f"{n:,} {kind}" for kind, n in counts.items() if kind != "answered"]
+    if errors:
+        yield f"errors: {', '.join(errors)}; the same command asks again"
+    used = [
+        f"{n:,} {name.replace('_', ' ')}" for name, n in progress.usage.items() if n
+    ]
+    if progress.usd:
+        used.append(dollars(progress.usd))
+    if used:
+        yield f"used: {', '.join(used)}"
+    if journal.question.offline:
+        yield "these answers are placeholders: --offline asks no model"
+    yield f"results: {journal.path}"
+    rows = counts.total()
+    if not rows:
+        return
+    seconds = time.monotonic() - progress.started
+    yield f"time: {seconds:.1f} s, {rows / seconds:,.1f} rows a second"
+    left = len({key for key in keys if journal.starts.get(key, -1) < 0})
+    if left:
+        more = f"{seconds / rows / 60 * left:,.1f} minutes"
+        if progress.usd:
+            more = f"{dollars(progress.usd / rows * left)} and {more}"
+        yield f"the other {left:,} may take {more}"
 
 
 async def answer_all(
-    messages: Iterable[str],
-    *,
-    model: str = MODEL,
-    concurrency: int = CONCURRENCY,
-    timeout: float = TIMEOUT,  # noqa: ASYNC109
-    offline: bool = False,
+    messages: Iterable[str], output: str | Path | None = None, **changes: Any
 ) -> list[Row]:
-    """The rows of all messages that are not blank, in order; in a notebook
-    `await answer_all(texts)`. Raises StopRun, whose `rows` are those made so far."""
-    given = {"model": model, "concurrency": concurrency, "timeout": timeout}
-    args, rows = parse_args(["-", "-"], offline=offline, **given), list[Row]()
-    texts = ((n, t) for n, t in enumerate(messages, 1) if isinstance(t, str))
-    # What is only half of a character could not be sent, nor written.
-    whole = ((n, t.encode(errors="replace").decode()) for n, t in texts if t.strip())
-    queue = ({"line": n, "text_message": t} for n, t in whole)
-    throttle = Throttle(args, new_client(args))
-    with tqdm(messages, **LOOK) as bar:  # it knows the length, if there is one
+    """The rows of all messages but blank ones, in their order. With `output` they are
+    kept in that file, and resumed. Changes are the fields of Question and the flags:
+    `await answer_all(texts, "rows.jsonl", prompt=..., example=..., concurrency=20)`.
+    Raises TypeError, ValueError, and StopRun, whose `rows` are those made so far."""
+    if isinstance(messages, str):
+        raise TypeError("messages has to be a list of strings, not one string")
+    asked: list[Row] = []
+    for line, text in enumerate(messages, 1):
+        if not isinstance(text, str):
+            raise TypeError(f"message {line} is no string, but {text!r:.50}")
+        whole = text.encode(errors="replace").decode()  # without halves of characters
+        if not BLANK.fullmatch(whole):
+            asked.append({"line": line, "text_message": whole})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(output or Path(folder, "rows.jsonl"))
+        options = parse_args(["-", "rows.jsonl"])
+        options.output, options.command, options.signals = path, "", []
+        options.no_bar = False
+        for name in vars(options).keys() & changes.keys() - {
+            "model",
+            "field",
+            "offline",
+        }:
+            setattr(options, name, changes.pop(name))
+        check(options)
+        question = new_question(**changes)
         try:
-            await answer_each(queue, throttle, bar, rows.append)
+            if asked:
+                await run(lambda: iter(asked), question, options)
         except StopRun as stop:
-            stop.rows = rows
+            stop.rows = read_rows(path, question, asked)
             raise
-    return sorted(rows, key=lambda row: row["line"])
+        return read_rows(path, question, asked)
 
 
-def summarize(throttle: Throttle, gone: int, left: int) -> str:
-    """The closing lines; for `left` messages, not asked yet, what they may take."""
-    outcomes, used = throttle.outcomes, [throttle.usage[name] for name in TOKENS]
-    rows, priced = outcomes.total(), any(throttle.args.prices)
-    times = sorted(throttle.latencies) or [0.0]
-    median, late = times[len(times) // 2], times[-len(times) // 20]
-    took = time.monotonic() - throttle.started
-    lost = sum(bool(row["response"]) for row in throttle.held)
-    # What is to come: `more` times what was seen, give or take the share `off`.
-    more, off = (left / rows, 2 / math.sqrt(rows)) if rows else (0.0, 0.0)
-    low, high = max(0, 1 - off) * more * throttle.paid, (1 + off) * more * throttle.paid
-    fast, slow = median * left / throttle.args.concurrency, took * more  # seconds
-    table = {
-        "rows": ", ".join(f"{n:,} {kind}" for kind, n in outcomes.items()),
-        "tokens": f"{used[0]:,} in, {used[1]:,} out",
-        "cost": f"{throttle.paid:.4f} USD" if priced else "",
-        "time": f"{took:.1f} s, {rows / took:.1f} rows/s",
-        "latency": f"median {median:.2f} s, 95 % within {late:.2f} s",
-        "limits": f"refused {throttle.refusals:,}, waited {throttle.waited:.1f} s",
-        "lost": f"{lost:,} answers that could not be written" if lost else "",
-        "kept": f"{gone:,} rows whose message is no longer in INPUT" if gone else "",
-        "to come": f"{left:,} rows, {sum(used) * more:,.0f} tokens" if more else "",
-        "for": f"{low:.2f} to {high:.2f} USD" if more and priced else "",
-        "in": f"{fast / 60:.1f} to {slow / 60:.1f} min" if more else "",
-        "by": "the same command without --limit" if left else "",
-    }
-    return "\n".join(f"{name:8} {text}" for name, text in table.items() if text)
+def read_rows(path: Path, question: Question, messages: list[Row]) -> list[Row]:
+    """The rows of these messages in a file of results."""
+    keys = set(map(question.key, messages))
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [row for row in map(json.loads, file) if question.key(row) in keys]
 
 
-def run(args: argparse.Namespace, folder: Path) -> int:
-    """Answers INPUT into OUTPUT; returns the exit status. Raises what stopped it."""
-    source, output = Path(args.input), Path(args.output)
-    if args.input == "-":  # INPUT is read three times: a copy can be
-        source = folder / "stdin.txt"
-        with open(source, "wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
-    known = source.suffix.lower() in (".txt", ".jsonl", ".csv")
-    if not known or (source.exists() and not source.is_file()):
-        raise StopRun(f"{source}: has to be .txt, .jsonl or .csv, or - for a pipe")
-    read = partial(read_messages, source, args.field, args.shard)
-    keys = array("q", (hash(message["text_message"]) for message in read()))
-    if not keys:
-        raise StopRun(f"{source}: no message in it")
-    if output.exists() and (not output.is_file() or output.samefile(source)):
-        raise StopRun(f"{output}: not a plain file, or INPUT itself: choose another")
-    api, results = new_client(args), Results(output, args.settings, args.restart)
-    with results.file:
-        missing = results.missing(keys)
-        left = sum(missing[args.limit :])
-        del missing[args.limit :]
-        todo, done = itertools.compress(read(), missing), missing.count(0)
-        throttle = Throttle(args, api)
-        gc.freeze()  # what is there by now will stay: no collection needs to look at it
-        try:
-            with tqdm(total=len(missing), initial=done, disable=None, **LOOK) as bar:
-                asyncio.run(answer_each(todo, throttle, bar, results.add, results.sync))
-        except asyncio.CancelledError:
-            raise KeyboardInterrupt from None
-        finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            try:
-                results.order(read())
-            finally:
-                say(summarize(throttle, len(results.gone), left))
-    return 1 if throttle.outcomes["answered"] < throttle.outcomes.total() else 0
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    options = parse_args(argv)
+    for number in options.signals:
+        signal.signal(number, interrupt)
     try:
-        args = parse_args(argv)
         with tempfile.TemporaryDirectory() as folder:
-            line, status = "", run(args, Path(folder))
+            read = open_input(options, Path(folder))
+            field = options.field or "text"
+            question = new_question(
+                model=options.model, field=field, offline=options.offline
+            )
+            unpriced = options.model != MODEL and PRICES and not options.offline
+            if unpriced and not options.max_cost:
+                say(f"the cost is not known: PRICES are those of {MODEL}")
+            gc.freeze()  # what is there by now stays: no collection has to look at it
+            return asyncio.run(run(read, question, options))
     except StopRun as stop:
-        line, status = f"{stop}\n", 2
+        say(str(stop))
+        return stop.status
     except OSError as error:
-        line, status = f"{error.filename or args.output}: {error.strerror}\n", 2
-    except KeyboardInterrupt:
-        line, status = "interrupted\n", 130
-    if status:
-        again = [word for word in argv or sys.argv[1:] if word != "--restart"]
-        join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
-        say(f"{line}to go on: {join(['python', sys.argv[0], *again])}")
-    return status
+        say(f"{error.filename or options.output}: {error.strerror or error}")
+        return 2
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        say("interrupted")
+        return 130
 
 
 if __name__ == "__main__":

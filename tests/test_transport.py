@@ -1,32 +1,187 @@
-"""The connection: TLS, a proxy, many in flight, limits of the system, start-up."""
+"""The connection: addresses, keys, TLS, proxies, limits of the system."""
 
 from __future__ import annotations
 
 import datetime
+import http.server
 import ipaddress
-import json
 import ssl
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import KEY, ROOT, Run
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from server import Server
+from server import Server, sample_answer
 
-ROOT = Path(__file__).parent.parent
-posix = pytest.mark.skipif(sys.platform == "win32", reason="uses ulimit")
-KEY = {"OPENAI_API_KEY": "sk-test-0123456789"}
+Runner = Callable[..., Run]
 Spawn = Callable[..., "subprocess.Popen[str]"]
+
+GOOD = "Fine. [ok]"
+ONCE = ("--max-attempts", "1")
+
+
+def line_about(result: Run, word: str) -> str:
+    """The only line on the screen that has this word."""
+    (line,) = [line for line in result.err.splitlines() if word in line]
+    assert "Traceback" not in result.err
+    return line
+
+
+# --- The key and the account ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key", [None, "", "  ", "\n", "two words", "two\nlines", "schlüssel", "\udcff"]
+)
+def test_no_usable_key(
+    server: Server, run: Runner, monkeypatch: pytest.MonkeyPatch, key: str | None
+) -> None:
+    """Without a usable key the variable to set is named, and nothing is sent."""
+    monkeypatch.delenv("OPENAI_API_KEY")
+    if key is not None:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    result = run([GOOD])
+    assert result.code == 2 and line_about(result, "OPENAI_API_KEY")
+    assert server.total == 0 and result.rows == []
+
+
+def test_blanks_around_the_key(
+    server: Server, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line break behind the key, as from a file, does no harm."""
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+    assert run([GOOD]).code == 0
+    assert server.requests[0].headers["authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("value", ["org-1\n", "org\r\n-1", "örg"])
+@pytest.mark.parametrize("name", ["OPENAI_ORG_ID", "OPENAI_PROJECT_ID"])
+def test_unusable_account(
+    server: Server, run: Runner, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """What cannot be sent is named before anything is."""
+    monkeypatch.setenv(name, value)
+    result = run([GOOD])
+    assert result.code == 2 and line_about(result, name)
+    assert server.total == 0 and result.rows == []
+
+
+def test_account_is_sent(
+    server: Server, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Organization and project of the environment go out with each request."""
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-1")
+    assert run([GOOD]).code == 0
+    headers = server.requests[0].headers
+    assert headers["openai-organization"] == "org-1"
+    assert headers["openai-project"] == "proj-1"
+
+
+# --- The address ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8000/v1",
+        "localhost/v1",
+        "ftp://localhost",
+        "http://",
+        "http:///v1",
+        "http://a b/v1",
+        "http://[::1/v1",
+        "http://127.0.0.1:port/v1",
+        "http://127.0.0.1/v1\n/x",
+    ],
+)
+def test_no_address(
+    server: Server, run: Runner, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    """An address that is none is named in one line, and nothing is asked."""
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    result = run([GOOD])
+    assert result.code == 2 and result.rows == []
+    assert url.partition("\n")[0] in line_about(result, "OPENAI_BASE_URL")
+
+
+def test_slash_behind_the_address(
+    server: Server, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slash at the end does no harm."""
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url + "/")
+    assert run([GOOD]).code == 0
 
 
 @pytest.fixture
-def certificate(tmp_path: Path) -> tuple[Path, ssl.SSLContext]:
-    """A certificate for 127.0.0.1 that only those trust who are told to."""
+def targets() -> Iterator[list[str]]:
+    """The port of a server that refuses all, then what it was asked for."""
+    seen: list[str] = []
+
+    class Spy(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            seen.append(self.path)
+            self.send_error(401)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Spy) as spy:
+        seen.append(str(spy.server_port))
+        thread = threading.Thread(target=spy.serve_forever, args=[0.01])
+        thread.start()
+        yield seen
+        spy.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("base", "target"),
+    [
+        ("/v1", "/v1/responses"),
+        ("/openai/v1/", "/openai/v1/responses"),
+        ("/v1?api-version=preview", "/v1/responses?api-version=preview"),
+        ("/v1/?a=1&b=x%20y", "/v1/responses?a=1&b=x+y"),
+    ],
+)
+def test_query_of_the_address(
+    targets: list[str],
+    run: Runner,
+    monkeypatch: pytest.MonkeyPatch,
+    base: str,
+    target: str,
+) -> None:
+    """The path of the API goes behind the path of the address, before its query."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{targets.pop()}{base}")
+    assert run([GOOD]).code == 2
+    assert [each.replace("%20", "+") for each in targets] == [target]
+
+
+def test_failed_connection_names_the_address(
+    run: Runner, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row of a connection that failed says where to it was to go."""
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    result = run([GOOD], *ONCE)
+    assert result.rows[0]["error"]["type"] == "connection"
+    assert "http://127.0.0.1:9/v1" in result.rows[0]["error"]["message"]
+
+
+# --- TLS ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for 127.0.0.1, with its key, that only those trust who are told."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
     now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
@@ -38,103 +193,190 @@ def certificate(tmp_path: Path) -> tuple[Path, ssl.SSLContext]:
     made = made.add_extension(x509.BasicConstraints(True, None), critical=True)
     pem = serialization.Encoding.PEM
     raw, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    cert, private = tmp_path / "cert.pem", tmp_path / "key.pem"
-    cert.write_bytes(made.sign(key, hashes.SHA256()).public_bytes(pem))
-    private.write_bytes(key.private_bytes(pem, raw, plain))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(cert, private)
-    return cert, context
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit status and standard error of a process that ends by itself."""
-    _, err = process.communicate(timeout=50)
-    return process.returncode, err
-
-
-def write(folder: Path, count: int) -> Path:
-    """An INPUT of so many messages."""
-    path = folder / "in.txt"
-    path.write_text("".join(f"message {n}\n" for n in range(count)), encoding="utf-8")
+    path = tmp_path_factory.mktemp("tls") / "cert.pem"
+    public = made.sign(key, hashes.SHA256()).public_bytes(pem)
+    path.write_bytes(public + key.private_bytes(pem, raw, plain))
     return path
 
 
+@pytest.fixture
+def tls_server(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A started server with TLS that the environment points to."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with Server(ssl_context=context) as started:
+        monkeypatch.setenv("OPENAI_BASE_URL", started.url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        yield started
+
+
 def test_tls_reuses_connections(
-    certificate: tuple[Path, ssl.SSLContext], spawn: Spawn, tmp_path: Path
+    tls_server: Server, run: Runner, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A certificate of one's own is trusted by SSL_CERT_FILE; connections are kept."""
-    cert, context = certificate
-    with Server(ssl_context=context) as server:
-        env = {"OPENAI_BASE_URL": server.url, "SSL_CERT_FILE": str(cert), **KEY}
-        code, err = finish(
-            spawn(write(tmp_path, 200), "out.jsonl", "--concurrency", 10, **env)
-        )
-        assert (code, server.total) == (0, 200), err
-        assert server.connections <= 10
-        assert "Warning" not in err and "Unclosed" not in err
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    result = run([f"number {number}" for number in range(100)], "--concurrency", "10")
+    assert (result.code, tls_server.total) == (0, 100)
+    assert tls_server.connections <= 10
 
 
-def test_proxy_of_the_environment(server: Server, spawn: Spawn, tmp_path: Path) -> None:
-    """HTTP_PROXY is used, so that the host that is asked for need not exist."""
-    proxy = server.url.removesuffix("/v1")
-    env = {"OPENAI_BASE_URL": "http://nowhere.invalid/v1", "HTTP_PROXY": proxy, **KEY}
-    process = spawn(write(tmp_path, 3), "out.jsonl", "--timeout", 5, **env)
-    code, err = finish(process)
-    assert (code, server.total) == (0, 3), err
+@pytest.mark.parametrize("bundle", [False, True])
+def test_unknown_certificate(
+    tls_server: Server,
+    run: Runner,
+    certificate: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bundle: bool,
+) -> None:
+    """A certificate that isn't trusted leads to SSL_CERT_FILE, and nothing is sent."""
+    if bundle:
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+    result = run([GOOD], *ONCE)
+    assert (result.code, tls_server.total) == (1, 0)
+    assert result.rows[0]["error"]["type"] == "connection"
+    assert "SSL_CERT_FILE" in result.rows[0]["error"]["message"]
+    assert "SSL_CERT_FILE" in result.err
 
 
-def test_no_proxy_is_kept(server: Server, spawn: Spawn, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_useless_cert_file(
+    server: Server,
+    run: Runner,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: str | None,
+) -> None:
+    """An SSL_CERT_FILE that holds no certificate is named in a line."""
+    path = tmp_path / "my.pem"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
+    result = run([GOOD])
+    assert (result.code, server.total) == (2, 0)
+    assert line_about(result, "SSL_CERT_FILE")
+
+
+# --- Proxies --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_proxy(
+    server: Server, run: Runner, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A proxy of the environment is used: the host that is asked for need not exist."""
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://nowhere.invalid/v1")
+    monkeypatch.setenv(name, server.url.removesuffix("/v1"))
+    result = run(["a", "b", "c"], "--timeout", "5")
+    assert (result.code, server.total) == (0, 3)
+
+
+def test_no_proxy(server: Server, run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """NO_PROXY names hosts that are reached without the proxy, here a dead one."""
-    env = {"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1", **KEY}
-    env["OPENAI_BASE_URL"] = server.url
-    code, err = finish(spawn(write(tmp_path, 3), "out.jsonl", **env))
-    assert (code, server.total) == (0, 3), err
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    assert run(["a", "b", "c"]).code == 0
 
 
-def test_offline_needs_no_proxy(spawn: Spawn, tmp_path: Path) -> None:
-    """The stand-in is on this machine: no proxy of the environment is asked for it."""
-    env = {"HTTP_PROXY": "http://127.0.0.1:9", "ALL_PROXY": "http://127.0.0.1:9"}
-    code, err = finish(spawn(write(tmp_path, 3), "out.jsonl", "--offline", **env))
-    assert code == 0, err
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h", "socks4"])
+def test_socks_proxy(
+    server: Server, run: Runner, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    """A SOCKS proxy, which doesn't work, is named as what is in the way."""
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://nowhere.invalid/v1")
+    server.default = "drop"
+    monkeypatch.setenv("ALL_PROXY", f"{scheme}://127.0.0.1:{server.port}")
+    result = run(["x"], *ONCE)
+    assert result.code in (1, 2) and "Traceback" not in result.err
+    assert "SOCKS" in result.err and "ALL_PROXY" in result.err
 
 
-def limited(folder: Path, ulimit: str, url: str, concurrency: int) -> tuple[int, str]:
-    """A run under that limit of open files."""
-    command = (
-        f"{ulimit}; exec {sys.executable} {ROOT / 'async_template.py'} in.txt o.jsonl"
+@pytest.mark.parametrize(
+    ("name", "proxy"),
+    [
+        ("NO_PROXY", "127.0.0.1"),
+        ("NO_PROXY", "*"),
+        ("HTTP_PROXY", "http://127.0.0.1:{port}"),
+    ],
+)
+def test_socks_proxy_for_others(
+    server: Server, run: Runner, monkeypatch: pytest.MonkeyPatch, name: str, proxy: str
+) -> None:
+    """A SOCKS proxy that this address does not need is no reason to stop."""
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    monkeypatch.setenv("FTP_PROXY", "ftp://127.0.0.1:9")
+    monkeypatch.setenv(name, proxy.format(port=server.port))
+    assert run([GOOD], *ONCE).code == 0
+
+
+@pytest.mark.parametrize("proxy", ["ftp://127.0.0.1:9", "http://[::1", "http://a:b"])
+def test_odd_proxy(
+    server: Server, run: Runner, monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    """A proxy that is none is no traceback, but named."""
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    result = run(["x"], *ONCE)
+    assert result.code in (1, 2) and server.total == 0
+    assert "Traceback" not in result.err and proxy in result.err
+
+
+def test_offline_needs_no_network(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key, proxy or address of the environment plays a part in --offline."""
+    for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "ALL_PROXY", "OPENAI_ORG_ID"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert run([GOOD], "--offline").code == 0
+
+
+# --- Limits of the system -------------------------------------------------------------
+
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
+
+
+def shell(folder: Path, script: str, *options: str) -> tuple[int, str]:
+    """A run under a shell's script, in which "$@" is the command."""
+    command = [sys.executable, str(ROOT / "async_template.py"), *options]
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", *command], cwd=folder, capture_output=True, text=True
     )
-    shell = ["sh", "-c", f"{command} --concurrency {concurrency}"]
-    env = {"OPENAI_BASE_URL": url, "PATH": "/usr/bin:/bin", **KEY}
-    done = subprocess.run(shell, cwd=folder, env=env, capture_output=True, text=True)
     return done.returncode, done.stderr
 
 
 @posix
 def test_soft_limit_of_open_files_is_raised(server: Server, tmp_path: Path) -> None:
-    """More in flight than the soft limit of open files allows."""
-    write(tmp_path, 600)
-    server.latency = 0.3
-    code, err = limited(tmp_path, "ulimit -Sn 64", server.url, 200)
-    assert (code, server.total) == (0, 600), err
-    assert server.peak > 64
+    """More are in flight than the soft limit of open files allows."""
+
+    def answer(body: dict[str, Any]) -> dict[str, Any]:
+        server.hold = 0 if server.peak >= 100 else 100  # from the first answer on
+        return sample_answer(body)
+
+    server.answer = answer
+    (tmp_path / "in.txt").write_text("\n".join(map(str, range(150))), encoding="utf-8")
+    options = ("in.txt", "out.jsonl", "--concurrency", "120", "--timeout", "10")
+    code, err = shell(tmp_path, 'ulimit -Sn 64; exec "$@"', *options)
+    assert (code, server.total) == (0, 150), err
 
 
 @posix
 def test_hard_limit_of_open_files_is_said(server: Server, tmp_path: Path) -> None:
     """More than the system allows is said before anything is sent."""
-    write(tmp_path, 300)
-    code, err = limited(tmp_path, "ulimit -n 64", server.url, 200)
+    (tmp_path / "in.txt").write_text("one\ntwo\n", encoding="utf-8")
+    options = ("in.txt", "out.jsonl", "--concurrency", "200")
+    code, err = shell(tmp_path, 'ulimit -n 64; exec "$@"', *options)
     assert (code, server.total) == (2, 0)
     assert "--concurrency" in err and "Traceback" not in err
 
 
-def test_help_does_not_import_the_sdk() -> None:
-    """What --help needs is imported before it answers, and the SDK is not among it."""
-    code = (
-        "import sys, async_template, json\n"
-        "try: async_template.main(['--help'])\n"
-        "except SystemExit: print(json.dumps('openai' in sys.modules), file=sys.stderr)"
-    )
-    command: list[Any] = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert json.loads(done.stderr) is False
+@posix
+def test_nobody_reads_the_chatter(server: Server, tmp_path: Path) -> None:
+    """With standard error closed the run goes on, and ends well."""
+    (tmp_path / "in.txt").write_text("one\ntwo\n", encoding="utf-8")
+    code, _ = shell(tmp_path, 'exec "$@" 2>&-', "in.txt", "out.jsonl")
+    assert (code, server.total) == (0, 2)
+
+
+@posix
+def test_closed_standard_input(server: Server, tmp_path: Path) -> None:
+    """A standard input that is closed is said in a line."""
+    code, err = shell(tmp_path, 'exec "$@" <&-', "-", "out.jsonl")
+    assert (code, server.total) == (2, 0)
+    assert "standard input" in err and "Traceback" not in err
