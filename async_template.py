@@ -45,7 +45,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal  # noqa: F401  Literal is for your schema
 
 if sys.version_info < (3, 11):  # noqa: UP036
     sys.stderr.write("async_template.py needs Python 3.11 or newer\n")
@@ -97,7 +97,13 @@ MAX_ATTEMPTS = 5  # tries for one message; waiting for a rate limit is not a try
 # --- 2. One message, one call ---------------------------------------------------------
 Row = dict[str, Any]  # a message (line, text_message, fields), later with its answer
 Reader = Callable[[], Iterator[Row]]  # gives messages of INPUT, each time anew
+Request = Callable[[Row], Awaitable["Reply"]]  # asks about a message, once
+Keep = Callable[[Row, "Reply"], None]  # takes a message and its final reply
+Options = argparse.Namespace  # the flags
+Client = openai.AsyncOpenAI
+Keys = Sequence[int]  # of texts, see `Question.key`
 TOKENS = ("input_tokens", "output_tokens")
+DATE = "%Y-%m-%dT%H:%M:%SZ"  # as pandas reads it, in UTC
 MOST_BYTES = 10_000_000  # of a reply; no answer is as long
 HOST = r"([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?"  # of an address, with its port
 
@@ -106,41 +112,30 @@ NEUTRAL = {"service_tier", "store", "metadata", "max_output_tokens", "user"}
 NEUTRAL |= {"prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"}
 NEUTRAL |= {"safety_identifier"}
 
-ErrorType = Literal[
-    "timeout",  # no answer in time
-    "connection",  # the server could not be reached, or hung up
-    "server_error",  # the server failed
-    "bad_response",  # a reply that is not from the Responses API
-    "invalid_answer",  # an answer that does not fit the schema
-    "incomplete",  # an answer that was cut off, say by max_output_tokens
-    "refusal",  # the model declined
-    "content_filter",  # the provider's filter stepped in
-    "bad_request",  # the server rejected the request because of the message
-    "rate_limit",  # the server wants fewer requests
-    # A row shows those below as "bad_request" or "rate_limit".
-    "account",  # rejected: every request will be
-    "settings",  # rejected: every request will be, if there was no answer yet
-    "unclear",  # rejected, and the server does not say why
-    "no_room",  # flex has no capacity for this one request
-]
-RETRIED = {"timeout", "connection", "server_error", "bad_response", "invalid_answer"}
-TROUBLE = {"timeout", "connection", "server_error", "bad_response", "rate_limit"}
-SHOWN_AS = {"settings": "bad_request", "unclear": "bad_request"}
-SHOWN_AS |= {"account": "bad_request", "no_room": "rate_limit"}
-
-# What an error means, by its HTTP status and the codes in its body. The first that fits
-# counts. https://platform.openai.com/docs/guides/error-codes
-MEANING: dict[ErrorType, str] = {
+# The types of errors, each with the HTTP statuses and the codes in a body that mean it.
+# The first that fits counts: https://platform.openai.com/docs/guides/error-codes
+ERRORS = {
+    "timeout": "",  # no answer in time
+    "connection": "",  # the server could not be reached, or hung up
+    "bad_response": "",  # a reply that is not from the Responses API
+    "incomplete": "",  # an answer that was cut off, say by max_output_tokens
+    "refusal": "",  # the model declined
     "content_filter": "content_filter content_policy_violation ContentFiltered"
     " ResponsibleAIPolicyViolation",
     "bad_request": "invalid_prompt context_length_exceeded string_above_max_length",
-    "invalid_answer": "json_validate_failed",
-    "no_room": "resource_unavailable",
+    "invalid_answer": "json_validate_failed",  # it does not fit the schema
+    "no_room": "resource_unavailable",  # flex has no capacity for this one request
     "account": "401 402 407 insufficient_quota billing_hard_limit_reached",
-    "rate_limit": "429 503 529",
-    "server_error": "408 409 425 498 499",
-    "unclear": "400 413 422",
+    "rate_limit": "429 503 529",  # the server wants fewer requests
+    "server_error": "408 409 425 498 499",  # and all others from 500 on
+    "unclear": "400 413 422",  # rejected, and the server does not say why
+    "settings": "",  # rejected, as every request will be before the first answer
 }
+RETRIED = {"timeout", "connection", "server_error", "bad_response", "invalid_answer"}
+TROUBLE = {"timeout", "connection", "server_error", "bad_response", "rate_limit"}
+# What a row calls those that matter to this file alone.
+SHOWN_AS = {"settings": "bad_request", "unclear": "bad_request"}
+SHOWN_AS |= {"account": "bad_request", "no_room": "rate_limit"}
 ADVICE = {
     401: "the key is not accepted, check OPENAI_API_KEY",
     402: "no credit is left, check plan and billing",
@@ -164,19 +159,19 @@ class Reply:
     """What came of one request: an answer, or the type and message of an error."""
 
     answer: Row | None = None
-    error: ErrorType | None = None
+    error: str | None = None  # one of ERRORS
     message: str = ""  # of the error
     retry_after: float = 0.0  # seconds that the server asks us to wait
     headers: Mapping[str, str] = field(default_factory=dict)
     model: str | None = None
     usage: dict[str, int] | None = None  # by the names in TOKENS
     usd: float = 0.0
+    text: str = ""  # of the answer, as the model gave it
     attempts: int = 1
     answered_at: float = field(default_factory=time.time)
 
-
-Request = Callable[[Row], Awaitable[Reply]]  # asks about a message, once
-Keep = Callable[[Row, Reply], None]  # takes a message and its final reply
+    def __post_init__(self) -> None:
+        self.message = clean(self.message)
 
 
 @dataclass
@@ -218,22 +213,20 @@ class Question:
 
         def fill(match: re.Match[str]) -> str:
             name = match[1]
-            if name in columns:
-                value = columns[name]
-                return value if isinstance(value, str) else json.dumps(value)
-            if not name.isidentifier():
-                return match[0]  # braces of another kind stay
-            line, names = message["line"], ", ".join(columns)
-            raise StopRun(f"PROMPT names {match[0]}, but line {line} has only: {names}")
+            if name not in columns and name.isidentifier():
+                line = f"line {message['line']} has only: {', '.join(columns)}"
+                raise StopRun(f"PROMPT names {match[0]}, but {line}")
+            value = columns.get(name, match[0])  # braces of another kind stay
+            if isinstance(value, str):
+                return value
+            return json.dumps(value, ensure_ascii=False)
 
         return re.sub(r"\{([^{}]+)\}", fill, self.prompt)
 
     def key(self, message: Row) -> int:
         """A hash of the text that is asked: a message is known by it."""
         digest = hashlib.blake2b(self.text(message).encode(), digest_size=8).digest()
-        return (
-            int.from_bytes(digest) >> 4
-        )  # an int of 60 bits takes a third less memory
+        return int.from_bytes(digest) >> 4  # 60 bits take a third less memory
 
     def request(self, message: Row) -> Row:
         """The body of a request."""
@@ -243,7 +236,7 @@ class Question:
         """The reply in the body of a 200. Other servers leave out much of what is in
         https://platform.openai.com/docs/api-reference/responses/object"""
         try:
-            reply, text = self.unpack(body)
+            reply = self.unpack(body)
             if body.get("model"):
                 reply.model = clean(str(body["model"]))
             used = body.get("usage") or {}
@@ -260,44 +253,44 @@ class Question:
             message = f"not from the Responses API: {str(body)[:200]}"
             return Reply(None, "bad_response", message)
         if not reply.error:
-            self.check(text, reply)
+            self.check(reply)
         return reply
 
-    def unpack(self, body: Row) -> tuple[Reply, str]:
-        """The error in the body of a 200, or the text of the answer."""
+    def unpack(self, body: Row) -> Reply:
+        """The text or the error in the body of a 200."""
         if body.get("error"):
             code = body["error"].get("code")
             status = code if isinstance(code, int) and code >= 400 else 500
-            return read_failure(status, body, {}), ""
+            return read_failure(status, body, {})
         if body.get("status") == "incomplete":
             reason = (body.get("incomplete_details") or {}).get("reason")
-            filtered = reason == "content_filter"
-            error: ErrorType = "content_filter" if filtered else "incomplete"
-            return Reply(None, error, f"the answer was cut off: {reason}"), ""
+            error = reason if reason == "content_filter" else "incomplete"
+            return Reply(None, error, f"the answer was cut off: {reason}")
         # The last message alone: some servers send it twice, some comment first.
         last = [item for item in body["output"] if item.get("type") == "message"][-1]
         parts = last["content"]
         refusal = [part["refusal"] for part in parts if part["type"] == "refusal"]
         if refusal:
-            return Reply(None, "refusal", "".join(refusal)), ""
+            return Reply(None, "refusal", "".join(refusal))
         texts = [part["text"] for part in parts if part["type"] == "output_text"]
-        return Reply(), "".join(texts)
+        return Reply(text="".join(texts))
 
-    def check(self, text: str, reply: Reply) -> None:
-        """Puts the answer in a text into the reply, or what is wrong with it."""
+    def check(self, reply: Reply) -> None:
+        """Makes the text of a reply into its answer, or says what is wrong with it."""
+        text = reply.text
         try:
             json.loads(text)
         except ValueError:
             # Some servers put it between ``` fences, or behind <think>...</think>.
             text = text[text.find("{") : text.rfind("}") + 1] or text
         try:
-            answer = self.schema.model_validate_json(text, strict=True)
-            reply.answer = answer.model_dump(mode="json")
-            to_line(reply.answer)  # raises ValueError for NaN
+            parsed = self.schema.model_validate_json(text, strict=True)
+            answer = parsed.model_dump(mode="json")
+            to_line(answer)  # raises ValueError for NaN
+            reply.answer = answer
         except ValueError as error:  # pydantic's ValidationError is one
-            reply.answer = None
             reply.error = "invalid_answer"
-            reply.message = str(error).partition("For further information")[0]
+            reply.message = clean(str(error).partition("For further information")[0])
 
     def most_usd(self) -> float:
         """What the longest answer would cost, if max_output_tokens is set; else 0."""
@@ -309,14 +302,13 @@ class Question:
         error: Row | None = None
         if reply.error:
             kind = SHOWN_AS.get(reply.error, reply.error)
-            error = {"type": kind, "message": reply.message}
-            error["attempts"] = reply.attempts
+            error = {"type": kind, "message": reply.message, "attempts": reply.attempts}
         when = time.gmtime(reply.answered_at)
         return message | {
             "response": reply.answer,
             "error": error,
             "model": reply.model,
-            "answered_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", when),
+            "answered_at": time.strftime(DATE, when),
             "usage": reply.usage,
             "settings": self.settings,
         }
@@ -351,10 +343,10 @@ def find(names: str, body: Any) -> list[str]:
 
 def read_failure(status: int, body: Any, headers: Mapping[str, str]) -> Reply:
     """The reply for an error, with the server's reason and what to do about it."""
-    error: ErrorType = "server_error" if status >= 500 else "settings"
+    error = "server_error" if status >= 500 else "settings"
     seen = {str(status), *find("code|type", body)}
-    for kind, names in MEANING.items():
-        if seen.intersection(names.split()):
+    for kind, codes in ERRORS.items():
+        if seen.intersection(codes.split()):
             error = kind
             break
     setting = "".join(find("param", body)[:1])
@@ -362,15 +354,12 @@ def read_failure(status: int, body: Any, headers: Mapping[str, str]) -> Reply:
         about_message = setting.startswith(("input", "messages", "prompt"))
         error = "bad_request" if about_message else "settings"
     # Gateways have their own shapes, and wrap the words of the server behind them.
-    reasons = (
-        find("raw", body) or find("message|msg", body) or find("detail|error", body)
-    )
-    message = f"status {status}: {(reasons or [str(body)[:200]])[0]}"
-    if error == "settings":
-        advice = ADVICE.get(status, f"the setting {setting!r} is not accepted")
-        message = f"{advice}; {message}"
-    if error == "account":
-        message = f"{ADVICE.get(status, ADVICE[402])}; {message}"
+    words = find("raw", body) or find("message|msg", body) or find("detail|error", body)
+    message = f"status {status}: {(words or [str(body)[:200]])[0]}"
+    advice = {"settings": f"the setting {setting!r} is not accepted"}
+    advice["account"] = ADVICE[402]
+    if error in advice:
+        message = f"{ADVICE.get(status, advice[error])}; {message}"
     return Reply(None, error, message, seconds_asked(headers), headers)
 
 
@@ -387,7 +376,25 @@ def seconds_asked(headers: Mapping[str, str]) -> float:
     return seconds if 0 < seconds < math.inf else 0.0
 
 
-def connect(offline: bool, concurrency: int) -> openai.AsyncOpenAI:
+def read_error(error: BaseException, client: Client) -> Reply:
+    """The reply for an error of the client, with what to do about it."""
+    if not isinstance(error, openai.APIStatusError):
+        advice = ""
+        while error.__cause__:
+            error = error.__cause__
+            if isinstance(error, aiohttp.ClientConnectorCertificateError):
+                advice = "; set SSL_CERT_FILE to the certificates of your network"
+        return Reply(None, "connection", f"{client.base_url}: {error}{advice}")
+    headers = error.response.headers
+    if error.status_code < 400:
+        there = str(error.request.url.join(headers.get("location", "")))
+        words = "the server has moved, set OPENAI_BASE_URL to "
+        return Reply(None, "account", words + there.removesuffix("/responses"))
+    body = decode(error.response.content, client.api_key)
+    return read_failure(error.status_code, body, headers)
+
+
+def connect(offline: bool, concurrency: int) -> Client:
     """A client for the key and the address of the environment. Raises StopRun."""
     url = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
     key = os.environ.get("OPENAI_API_KEY", "").strip()
@@ -397,15 +404,14 @@ def connect(offline: bool, concurrency: int) -> openai.AsyncOpenAI:
     if not key:
         raise StopRun("OPENAI_API_KEY holds no key: set it, or try --offline")
     address = url.partition("?")[0]
-    parts = re.fullmatch(f"(https?)://{HOST}(/\\S*)?", address, re.IGNORECASE)
+    parts = re.fullmatch(f"(?i)(https?)://{HOST}(/\\S*)?", address)
     if not parts:
         raise StopRun(f"OPENAI_BASE_URL is {url!r}: it has to be like http://host/v1")
-    scheme, host = parts[1].lower(), parts[2]
-    proxy = proxies.get(scheme) or proxies.get("all") or ""
-    wanted = f"(https?://)?(\\S+@)?{HOST}/?"
-    used = proxy and not urllib.request.proxy_bypass(host)
-    if used and not re.fullmatch(wanted, proxy, re.IGNORECASE):
-        raise StopRun("only HTTP proxies work, no SOCKS: see ALL_PROXY and HTTPS_PROXY")
+    proxy = proxies.get(parts[1].lower()) or proxies.get("all") or ""
+    used = proxy and not urllib.request.proxy_bypass(parts[2])
+    if used and not re.fullmatch(f"(?i)(https?://)?(\\S+@)?{HOST}/?", proxy):
+        name = f"{parts[1].upper()}_PROXY"
+        raise StopRun(f"only HTTP proxies work, no SOCKS: see {name} and ALL_PROXY")
     allow_open_files(concurrency + 50)
     try:
         http = openai.DefaultAioHttpClient(  # takes 40 % less CPU than the default
@@ -417,7 +423,7 @@ def connect(offline: bool, concurrency: int) -> openai.AsyncOpenAI:
     except OSError as error:
         raise StopRun(f"SSL_CERT_FILE has no certificates: {error}") from None
     query = dict(http.build_request("GET", url).url.params)  # Azure's ?api-version=...
-    client = openai.AsyncOpenAI(
+    client = Client(
         api_key=key,
         base_url=address,
         default_query=query,
@@ -459,7 +465,7 @@ async def bound_body(reply: Any) -> None:
 
 
 async def call(
-    client: openai.AsyncOpenAI, question: Question, seconds: float, message: Row
+    client: Client, question: Question, seconds: float, message: Row
 ) -> Reply:
     """Asks about one message, once. What goes wrong on the way is in the reply."""
     if question.offline:
@@ -476,32 +482,13 @@ async def call(
             raise OverflowError(f"the reply has more than {MOST_BYTES:,} bytes")
         reply = question.read(decode(raw.content, client.api_key))
         reply.headers = raw.headers
+        return reply
     except TimeoutError:
-        reply = Reply(None, "timeout", f"no answer within {seconds:g} s")
-    except openai.APIStatusError as error:
-        body = decode(error.response.content, client.api_key)
-        headers = error.response.headers
-        reply = read_failure(error.status_code, body, headers)
-        if error.status_code < 400:
-            there = str(error.request.url.join(headers.get("location", "")))
-            words = "the server has moved, set OPENAI_BASE_URL to "
-            reply = Reply(None, "account", words + there.removesuffix("/responses"))
+        return Reply(None, "timeout", f"no answer within {seconds:g} s, see --timeout")
     except OverflowError as error:
-        reply = Reply(None, "bad_response", str(error))
-    except (openai.APIConnectionError, aiohttp.ClientError) as error:
-        reply = read_lost_connection(error, str(client.base_url))
-    reply.message = clean(reply.message)
-    return reply
-
-
-def read_lost_connection(error: BaseException, address: str) -> Reply:
-    """The reply for a connection that failed, with what to do about it."""
-    advice = ""
-    while error.__cause__:
-        error = error.__cause__
-        if isinstance(error, aiohttp.ClientConnectorCertificateError):
-            advice = "; set SSL_CERT_FILE to the certificates of your network"
-    return Reply(None, "connection", f"{address}: {error}{advice}")
+        return Reply(None, "bad_response", str(error))
+    except (openai.APIError, aiohttp.ClientError) as error:
+        return read_error(error, client)
 
 
 # --- 3. Many at a time ----------------------------------------------------------------
@@ -556,9 +543,7 @@ class TokenBucket:
 class Throttle:
     """Says when the next request may start, and learns from every reply."""
 
-    def __init__(
-        self, options: argparse.Namespace, question: Question, proven: bool
-    ) -> None:
+    def __init__(self, options: Options, question: Question, proven: bool) -> None:
         self.options = options
         self.proven = proven  # whether there is an answer with these settings
         self.slots = asyncio.Semaphore(options.concurrency)
@@ -985,6 +970,14 @@ class Journal:
         """Whether there is an answer to a text."""
         return self.starts.get(key, -1) >= 0 and key not in self.failed
 
+    def error_at(self, key: int) -> str:
+        """When the error of an earlier run was met, or "" if there is none."""
+        if key not in self.old_errors:
+            return ""
+        with open(self.path, "rb") as file:
+            file.seek(self.old_errors[key])
+            return str(json.loads(file.readline())["answered_at"])
+
     def missing(self, messages: Iterable[Row]) -> Iterator[Row]:
         """The messages to ask about: each text once, if it has no answer."""
         # What an earlier pass has asked in vain is missing again.
@@ -1144,13 +1137,14 @@ class Batches:
         if not lines:
             return
         journal = self.journal
+        since = time.strftime(DATE, time.gmtime(batch.created_at))
         for message in self.read():
             key = journal.question.key(message)
             line = lines.pop(key, None)
             if line and not journal.has_answer(key):
                 reply = self.read_line(line)
-                # An error of an earlier run is known already, and asked again.
-                known = key in journal.old_errors and batch.id not in self.created
+                # An error that OUTPUT knows from an earlier look is to be asked again.
+                known = batch.id not in self.created and journal.error_at(key) >= since
                 if reply and not (reply.error and known):
                     self.keep(message, reply)
         journal.sync()
@@ -1266,34 +1260,25 @@ async def check_cost(
         raise StopRun("--max-cost: the first message failed, so no cost is known")
     usd = throttle.usd_each * count / 2
     if usd > throttle.usd_left:
-        raise StopRun(f"--max-cost: {count:,} messages may take {dollars(usd)}")
+        raise StopRun(f"--max-cost: {count:,} messages may take {usd:,.4f} USD")
 
 
 # --- 6. Command line ------------------------------------------------------------------
 LAYOUT = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}, {rate_fmt} {bar}"
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> Options:
     """The command line. Exits with status 2 and a line about what is wrong with it."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s INPUT OUTPUT [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.usage = "%(prog)s INPUT OUTPUT [options]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("input", metavar="INPUT", help=".txt: a message a line; .jsonl; .csv; -: stdin")
     add("output", metavar="OUTPUT", help="the results, .jsonl")
     for name, metavar, kind, default, text in (
         ("--field", "NAME", str, None, "field of .csv or .jsonl to ask about (text)"),
         ("--model", "NAME", str, MODEL, "the model to ask (%(default)s)"),
-        (
-            "--concurrency",
-            "N",
-            int,
-            CONCURRENCY,
-            "most requests in flight (%(default)s)",
-        ),
+        ("--concurrency", "N", int, CONCURRENCY, "most in flight (%(default)s)"),
         ("--timeout", "S", float, TIMEOUT, "seconds for one attempt (%(default)s)"),
         ("--max-attempts", "N", int, MAX_ATTEMPTS, "tries for a message (%(default)s)"),
         ("--limit", "N", int, None, "only the first N: a pilot, with an estimate"),
@@ -1319,7 +1304,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def check(options: argparse.Namespace) -> None:
+def check(options: Options) -> None:
     """Raises ValueError at an option that makes no sense."""
     for name in ("concurrency", "timeout", "max_attempts", "limit", "max_cost"):
         value = getattr(options, name)
@@ -1344,7 +1329,7 @@ def new_question(**changes: Any) -> Question:
     return Question(**(parts | changes))
 
 
-def open_input(options: argparse.Namespace, folder: Path) -> Reader:
+def open_input(options: Options, folder: Path) -> Reader:
     """What reads the messages of INPUT. Raises StopRun."""
     source, output = Path(options.input), Path(options.output)
     if options.input == "-":
@@ -1354,9 +1339,7 @@ def open_input(options: argparse.Namespace, folder: Path) -> Reader:
         with open(source, "wb") as copy:
             copy.writelines(sys.stdin.buffer)
     if source.suffix.lower() not in (".txt", ".jsonl", ".csv"):
-        raise StopRun(
-            f"{source} has to be .txt, .jsonl or .csv, or - for standard input"
-        )
+        raise StopRun(f"{source} has to be .txt, .jsonl or .csv, or - for stdin")
     for path in (source, output):
         if path.exists() and not path.is_file():
             raise StopRun(f"{path} is a folder or a device, and has to be a file")
@@ -1371,19 +1354,11 @@ def say(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
-def dollars(usd: float) -> str:
-    """An amount of money; a small one is shown to the hundredth of a cent."""
-    return f"{usd:,.2f} USD" if usd >= 1 else f"{usd:.4f} USD"
-
-
 class Progress:
     """The bar, the counts, and the closing lines."""
 
     def __init__(
-        self,
-        keys: Sequence[int],
-        has_answer: Callable[[int], bool],
-        no_bar: bool | None,
+        self, keys: Keys, has_answer: Callable[[int], bool], no_bar: bool | None
     ) -> None:
         self.keys = keys  # of the messages that are to have an answer
         self.has_answer = has_answer
@@ -1416,20 +1391,11 @@ class Progress:
         errors = self.counts.total() - self.counts["answered"]
         state = f"{errors:,} errors, {state}"
         if self.usd:
-            state += f", {dollars(self.usd)}"
+            state += f", {self.usd:,.4f} USD"
         self.bar.set_postfix_str(state)
         if self.bar.disable and time.monotonic() > self.printed + 30:
             self.printed = time.monotonic()
             say(f"{self.answered():,} of {len(self.keys):,} answered, {state}")
-
-
-def describe(throttle: Throttle) -> str:
-    """What the run is doing just now."""
-    seconds = throttle.paused_until - time.monotonic()
-    if seconds < 0.5:
-        return f"{throttle.in_flight} in flight"
-    refused = "rate_limit" in throttle.failures or not throttle.is_down
-    return f"{'rate limited' if refused else 'server down'}, {seconds:.0f} s"
 
 
 @contextlib.contextmanager
@@ -1441,20 +1407,17 @@ def caught(signals: Iterable[int], throttle: Throttle) -> Iterator[None]:
     def interrupt() -> None:
         if throttle.stopping.is_set() and task:
             task.cancel()
-        elif throttle.options.batch:
-            throttle.stop(
-                StopRun("the batches go on; the same command collects them", 130)
-            )
+            return
+        reason = "interrupted"
+        if throttle.options.batch:
+            reason = "the batches go on; the same command collects them"
         else:
-            say(
-                f"waiting for {throttle.in_flight} requests; Ctrl-C again stops at once"
-            )
-            throttle.stop(StopRun("interrupted", 130))
+            say(f"waiting for {throttle.in_flight} requests; Ctrl-C again: at once")
+        throttle.stop(StopRun(reason, 130))
 
-    def on_signal(*_: object) -> None:
-        loop.call_soon_threadsafe(interrupt)
-
-    before = {number: signal.signal(number, on_signal) for number in signals}
+    before = {number: signal.getsignal(number) for number in signals}
+    for number in before:
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(interrupt))
     try:
         yield
     finally:
@@ -1462,7 +1425,7 @@ def caught(signals: Iterable[int], throttle: Throttle) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-async def run(read: Reader, question: Question, options: argparse.Namespace) -> int:
+async def run(read: Reader, question: Question, options: Options) -> int:
     """Answers all messages into OUTPUT; returns the exit status. Raises StopRun."""
     k, n = map(int, options.shard.split("/"))
 
@@ -1473,9 +1436,7 @@ async def run(read: Reader, question: Question, options: argparse.Namespace) -> 
     if not keys:
         raise StopRun(f"{options.input}: there is no message in it")
     if options.max_cost and not question.prices and not question.offline:
-        raise StopRun(
-            "--max-cost needs the PRICES of this model, at the top of the file"
-        )
+        raise StopRun("--max-cost needs PRICES of this model, at the top of the file")
     async with connect(question.offline, options.concurrency) as client:
         journal = Journal(Path(options.output), question, options.restart)
         with journal.file:
@@ -1486,17 +1447,12 @@ async def run(read: Reader, question: Question, options: argparse.Namespace) -> 
 
 
 async def fill(
-    journal: Journal,
-    client: openai.AsyncOpenAI,
-    read: Reader,
-    keys: Sequence[int],
-    options: argparse.Namespace,
+    journal: Journal, client: Client, read: Reader, keys: Keys, options: Options
 ) -> int:
     """Fills OUTPUT with what is missing; returns the exit status. Raises StopRun."""
     question = journal.question
-    wanted = keys[: options.limit]
-    progress = Progress(wanted, journal.has_answer, options.no_bar)
     throttle = Throttle(options, question, any(map(journal.has_answer, keys)))
+    progress = Progress(keys[: options.limit], journal.has_answer, options.no_bar)
 
     def missing() -> Iterator[Row]:
         return journal.missing(itertools.islice(read(), options.limit))
@@ -1506,27 +1462,19 @@ async def fill(
         journal.add(row)
         progress.add(row, reply.usd)
 
-    async def watch() -> None:
-        while True:
-            await asyncio.sleep(1)
-            progress.show(batches.state if batches else describe(throttle))
-            try:
-                await asyncio.to_thread(journal.sync)
-            except (StopRun, OSError) as reason:
-                throttle.stop(reason)
-
     async def request(message: Row) -> Reply:
         return await call(client, question, options.timeout, message)
 
     async def ask_live(messages: Iterator[Row]) -> None:
         await answer_each(messages, request, keep, throttle)
 
-    batches: Batches | None = None
-    watcher = asyncio.create_task(watch())
+    batches = None
+    if options.batch:
+        batches = Batches(client, journal, read, keep)
+    watcher = asyncio.create_task(watch(journal, throttle, progress, batches))
     try:
         with progress.bar, caught(options.signals, throttle):
-            if options.batch:
-                batches = Batches(client, journal, read, keep)
+            if batches:
                 await answer_in_batches(batches, missing, ask_live, throttle)
             else:
                 await ask_live(missing())
@@ -1537,17 +1485,35 @@ async def fill(
         finally:
             for line in closing_lines(journal, throttle, progress, keys):
                 say(line)
-            finished = progress.answered() == len(progress.keys)
-            if options.command and not finished:
-                say(f"to resume: {options.command}")
-    return int(not finished)
+    return int(progress.answered() < len(progress.keys))
+
+
+async def watch(
+    journal: Journal, throttle: Throttle, progress: Progress, batches: Any
+) -> None:
+    """Each second, shows how it goes and makes the rows survive a power failure."""
+    while True:
+        await asyncio.sleep(1)
+        state = f"{throttle.in_flight} in flight"
+        seconds = throttle.paused_until - time.monotonic()
+        if seconds > 0.5:
+            refused = "rate_limit" in throttle.failures or not throttle.is_down
+            reason = "rate limited" if refused else "server down"
+            state = f"{reason}, {seconds:.0f} s"
+        progress.show(batches.state if batches else state)
+        try:
+            await asyncio.to_thread(journal.sync)
+        except (StopRun, OSError) as reason:
+            throttle.stop(reason)
 
 
 def closing_lines(
-    journal: Journal, throttle: Throttle, progress: Progress, keys: Sequence[int]
+    journal: Journal, throttle: Throttle, progress: Progress, keys: Keys
 ) -> Iterator[str]:
     """What the run has done and taken, and what the texts left may take."""
-    now, before, counts = progress.answered(), progress.before, progress.counts
+    now = progress.answered()
+    before = progress.before
+    counts = progress.counts
     earlier = f" ({before:,} before, {now - before:,} now)" if before else ""
     yield f"{now:,} of {len(progress.keys):,} answered{earlier}"
     written = counts["answered"] if journal.path.exists() else 0
@@ -1556,27 +1522,27 @@ def closing_lines(
     errors = [f"{n:,} {kind}" for kind, n in counts.items() if kind != "answered"]
     if errors:
         yield f"errors: {', '.join(errors)}; the same command asks again"
-    used = [
-        f"{n:,} {name.replace('_', ' ')}" for name, n in progress.usage.items() if n
-    ]
+    usage = progress.usage.items()
+    used = [f"{n:,} {name.replace('_', ' ')}" for name, n in usage if n]
     if progress.usd:
-        used.append(dollars(progress.usd))
+        used.append(f"{progress.usd:,.4f} USD")
     if used:
         yield f"used: {', '.join(used)}"
     if journal.question.offline:
         yield "these answers are placeholders: --offline asks no model"
     yield f"results: {journal.path}"
     rows = counts.total()
-    if not rows:
-        return
-    seconds = time.monotonic() - progress.started
-    yield f"time: {seconds:.1f} s, {rows / seconds:,.1f} rows a second"
-    left = len({key for key in keys if journal.starts.get(key, -1) < 0})
-    if left:
+    if rows:
+        seconds = time.monotonic() - progress.started
+        yield f"time: {seconds:.1f} s, {rows / seconds:,.1f} rows a second"
+        left = len({key for key in keys if journal.starts.get(key, -1) < 0})
         more = f"{seconds / rows / 60 * left:,.1f} minutes"
         if progress.usd:
-            more = f"{dollars(progress.usd / rows * left)} and {more}"
-        yield f"the other {left:,} may take {more}"
+            more = f"{progress.usd / rows * left:,.4f} USD and {more}"
+        if left:
+            yield f"the other {left:,} may take {more}"
+    if throttle.options.command and now < len(progress.keys):
+        yield f"to resume: {throttle.options.command}"
 
 
 async def answer_all(
@@ -1598,14 +1564,13 @@ async def answer_all(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(output or Path(folder, "rows.jsonl"))
         options = parse_args(["-", "rows.jsonl"])
-        options.output, options.command, options.signals = path, "", []
-        options.no_bar = False
-        for name in vars(options).keys() & changes.keys() - {
-            "model",
-            "field",
-            "offline",
-        }:
+        of_question = {"model", "field", "offline"}  # flags that Question has, too
+        for name in vars(options).keys() & changes.keys() - of_question:
             setattr(options, name, changes.pop(name))
+        options.output = path
+        options.command = ""
+        options.signals = []
+        options.no_bar = False
         check(options)
         question = new_question(**changes)
         try:
@@ -1640,10 +1605,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             read = open_input(options, Path(folder))
-            field = options.field or "text"
-            question = new_question(
-                model=options.model, field=field, offline=options.offline
-            )
+            changes = {"model": options.model, "offline": options.offline}
+            question = new_question(**changes, field=options.field or "text")
             unpriced = options.model != MODEL and PRICES and not options.offline
             if unpriced and not options.max_cost:
                 say(f"the cost is not known: PRICES are those of {MODEL}")

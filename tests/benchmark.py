@@ -594,13 +594,14 @@ def measure_million(args: argparse.Namespace) -> Iterator[Row]:
 
 # --- Kill -----------------------------------------------------------------------------
 KILL_ROWS = 200
-# The template, which looks at its batches more often than once a minute.
-LOOK_OFTEN = """
+# The template, which looks at its batches often, and needs four of them.
+IMPATIENT = """
 import importlib, pathlib, sys
 path = pathlib.Path(sys.argv.pop(1))
 sys.path.insert(0, str(path.parent))
 template = importlib.import_module(path.stem)
 template.POLL = 0.2
+template.MOST_LINES = 50
 raise SystemExit(template.main())
 """
 TROUBLES: tuple[Json, ...] = (  # what the provider of batches does: BatchControls
@@ -639,7 +640,7 @@ def kill_round(
             if not kills_left:
                 controls.expire_after = None  # else a last message expires for ever
             source = folder / "in.txt"
-            words = ("-c", LOOK_OFTEN, script, source, output_of(source))
+            words = ("-c", IMPATIENT, script, source, output_of(source))
             program = Program(server.url, folder / "log", *words, *options.split())
             if kills_left:
                 time.sleep(random.uniform(0.4, 1.2) * seconds)

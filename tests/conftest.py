@@ -45,7 +45,12 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if name.startswith("OPENAI_") or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.setattr(async_template, "BACKOFF", 0.01)
-    before = {number: signal.getsignal(number) for number in (2, 15)}
+    numbers = [
+        getattr(signal, n)
+        for n in ("SIGINT", "SIGTERM", "SIGHUP")
+        if hasattr(signal, n)
+    ]
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -307,6 +307,24 @@ def test_batches_in_a_notebook(server: Provider, tmp_path: Path) -> None:
     assert server.sizes == [9]
 
 
+def test_cancelled_in_a_notebook(server: Provider, tmp_path: Path) -> None:
+    """The batch goes on, and the next call collects it."""
+
+    async def ask() -> Rows:
+        answers = async_template.answer_all(TEN, tmp_path / "rows.jsonl", batch=True)
+        task = asyncio.create_task(answers)
+        loop = asyncio.get_running_loop()
+        server.after[CREATE] = [partial(loop.call_soon_threadsafe, task.cancel)]
+        return await task
+
+    server.batch.seconds = 1000
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(ask())
+    server.batch.seconds = 0
+    assert [bool(row["response"]) for row in asyncio.run(ask())] == [True] * 10
+    assert (server.sizes, set(server.paid.values())) == ([9], {1})
+
+
 # --- Wrong settings -------------------------------------------------------------------
 @pytest.mark.parametrize("item", ["401", "403", "404", "400:param=temperature"])
 def test_wrong_settings_stop_at_the_first_request(
@@ -706,6 +724,20 @@ def test_errors_of_a_batch_that_is_kept_are_asked_again(
 
 
 @posix
+def test_error_that_another_run_asked_about_is_collected(
+    server: Provider, run: Runner
+) -> None:
+    """Day by day: submit, Ctrl-C, collect; submit what failed, Ctrl-C, collect."""
+    messages = [*TEN, "Bad. [refusal]"]
+    for day in (0, 1, 2):
+        submit(server, run, messages, "--batch")
+        server.batches[day]["created_at"] += day * 86_400
+        result = run(messages, "--batch")
+        assert (result.code, texts(result)) == (1, TEN)
+        assert server.lines["Bad. [refusal]"] == day + 1
+
+
+@posix
 def test_message_left_input_meanwhile(server: Provider, run: Runner) -> None:
     """Its answer waits at the provider, in case that it is another run's."""
     submit(server, run, TEN, "--batch")
@@ -763,7 +795,8 @@ def test_max_cost_when_the_first_message_fails(
     server: Provider, run: Runner, item: str
 ) -> None:
     """It tells no cost, or none at all, and so nothing of what the others cost."""
-    result = run([f"Bad. [{item}]", *TEN], "--batch", "--max-cost", "20")
+    bad = [f"{word} [{item}]" for word in ("Bad.", "Worse.")]
+    result = run([*bad, *TEN], "--batch", "--max-cost", "20")
     assert (result.code, server.files) == (2, {})
     assert server.total < 5
 

@@ -159,27 +159,27 @@ def test_no_room_for_flex_holds_up_nobody_else(
 
 @pytest.mark.parametrize(
     ("headers", "retry_after", "most"),
-    [(True, "ms", 4), (False, "ms", 30), (False, None, 30)],
+    [(True, "ms", 6), (False, "ms", 25), (False, None, 25)],
 )
 def test_rate_limit(
     server: Server, run: Runner, headers: bool, retry_after: RetryAfter, most: int
 ) -> None:
     """Within a limit of requests all are answered, and few are refused."""
-    limit = RateLimit(60, 20, headers=headers, retry_after=retry_after)
+    limit = RateLimit(40, 10, headers=headers, retry_after=retry_after)
     server.policies = [limit]
     server.latency = 0.05
-    assert all_answered(run(usual(70)), 70)
+    assert all_answered(run(usual(50)), 50)
     assert limit.refused <= most
 
 
 def test_token_limit(server: Server, run: Runner) -> None:
     """Within a limit of tokens all are answered, long messages and short."""
-    limit = TokenLimit(15_000, 5_000, headers=True)
+    limit = TokenLimit(8_000, 4_000, headers=True)
     server.policies = [limit]
     server.latency = 0.05
-    messages = [f"{n} " + "word " * (n * 37 % 200) for n in range(70)]
-    assert all_answered(run(messages), 70)
-    assert limit.refused <= 7
+    messages = [f"{n} " + "word " * (n * 37 % 200) for n in range(50)]
+    assert all_answered(run(messages), 50)
+    assert limit.refused <= 5
 
 
 @pytest.mark.timeout(20)

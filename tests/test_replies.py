@@ -451,7 +451,7 @@ def test_control_characters(
 class Case(NamedTuple):
     """A reply, and what comes of it: "stop" or "row"."""
 
-    first: str  # before the first answer
+    first: str  # before the first answer; "24" are rows, but so many are a stop
     later: str  # after an answer
     status: int
     body: Any
@@ -525,7 +525,6 @@ CASES = {
     "422, input": Case("row", "row", 422, error(param="input")),
     "413, input": Case("row", "row", 413, error(param="input")),
     "vLLM, too long": Case("row", "row", 400, error(TOO_LONG, param="input_tokens")),
-    "too long": Case("row", "row", 400, error(TOO_LONG)),
     "invalid prompt": Case("row", "row", 400, error(code="invalid_prompt")),
     "context": Case("row", "row", 400, error(code="context_length_exceeded")),
     "string": Case("row", "row", 400, error(code="string_above_max_length")),
@@ -541,14 +540,17 @@ CASES = {
     "Azure's filter": Case("row", "row", 400, AZURE, kind="content_filter"),
     "LiteLLM's filter": Case("row", "row", 400, WRAPPED, kind="content_filter"),
     # Who knows.
-    "400": Case("row", "row", 400, error()),
-    "413": Case("row", "row", 413, REASON),
-    "422": Case("row", "row", 422, {"detail": REASON}),
-    "400 with a code": Case("row", "row", 400, error(code="unheard_of")),
-    "400 in words": Case("row", "row", 400, error(f"insufficient_quota: {REASON}")),
-    "400 with a quote": Case("row", "row", 400, error(f"{QUOTE}: {REASON}")),
+    "400": Case("24", "row", 400, error()),
+    "413": Case("24", "row", 413, REASON),
+    "422": Case("24", "row", 422, {"detail": REASON}),
+    "400 with a code": Case("24", "row", 400, error(code="unheard_of")),
+    "too long": Case("24", "row", 400, error(TOO_LONG)),
+    "400 in words": Case("24", "row", 400, error(f"insufficient_quota: {REASON}")),
+    "400 with a quote": Case("24", "row", 400, error(f"{QUOTE}: {REASON}")),
 }
 STOPS = [name for name, case in CASES.items() if case.first == "stop"]
+UNCLEAR = [name for name, case in CASES.items() if case.first == "24"]
+MESSAGES = [name for name, case in CASES.items() if case.first == "row"]
 SETTINGS = [name for name in STOPS if CASES[name].later == "row"]
 
 
@@ -636,18 +638,19 @@ def test_stopped_run_resumes(server: Server, run: Runner) -> None:
     assert [row["text_message"] for row in result.rows] == many(20)
 
 
-@pytest.mark.parametrize("directive", ["400", "413", "422:message=Bad thing"])
-def test_all_rejected(server: Server, run: Runner, directive: str) -> None:
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_24_rejected(server: Server, run: Runner, name: str) -> None:
     """After 24 rejected messages and no answer it is a setting: the run stops."""
-    server.default = directive
-    result = run(many(), *ONE)
+    serve(server, name)
+    server.default = "canned=case"
+    result = run(many(30), *ONE)
     assert (result.code, server.total) == (2, 24)
     assert "Traceback" not in result.err
     server.default = "ok"
-    assert run(many()).code == 0
+    assert run(many(30)).code == 0
 
 
-def test_all_rejected_at_once(server: Server, run: Runner) -> None:
+def test_24_rejected_at_once(server: Server, run: Runner) -> None:
     """Only what is in flight already comes on top of the 24."""
     server.default = "400"
     assert run(many()).code == 2
@@ -669,15 +672,14 @@ def test_30_rejected_after_an_earlier_run(server: Server, run: Runner) -> None:
     assert (result.code, len(result.rows)) == (1, 31)
 
 
-@pytest.mark.parametrize(
-    "directive", ["400:param=input", "400:code=invalid_prompt", "failed_prompt"]
-)
-def test_bad_messages_are_rows(server: Server, run: Runner, directive: str) -> None:
+@pytest.mark.parametrize("name", MESSAGES)
+def test_30_bad_messages(server: Server, run: Runner, name: str) -> None:
     """Messages rejected for what they hold are rows, however many there are."""
-    server.default = directive
-    result = run(many(60))
-    assert (result.code, len(result.rows)) == (1, 60)
-    assert {row["error"]["type"] for row in result.rows} == {"bad_request"}
+    case = serve(server, name)
+    server.default = "canned=case"
+    result = run(many(30))
+    assert (result.code, len(result.rows)) == (1, 30)
+    assert {row["error"]["type"] for row in result.rows} == {case.kind}
 
 
 @pytest.mark.parametrize("directive", ["400", "403", "400:param=max_output_tokens"])
