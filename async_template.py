@@ -66,7 +66,8 @@ EXTRA: dict[str, Any] = {"reasoning": {"effort": "none"}, "store": False}
 
 INSTRUCTIONS = "You are an expert on sentiment analysis of short text messages."
 
-# {text_message} is replaced by the message, {name} by that column of a .csv or .jsonl.
+# {text_message} is the message, that is the line or the column named by --field; {name}
+# is any column of a .csv or .jsonl.
 PROMPT = """\
 Evaluate the sentiment of the text message below: give a score from -1 (negative) to 1
 (positive), and explain in one sentence why.
@@ -139,7 +140,7 @@ SHOWN_AS |= {"account": "bad_request", "no_room": "rate_limit"}
 ADVICE = {
     401: "the key is not accepted, check OPENAI_API_KEY",
     402: "no credit is left, check plan and billing",
-    403: "the key may not use this model, check --model and your account",
+    403: "this is forbidden, check --model and your account",
     404: "there is no such model or address, check --model and OPENAI_BASE_URL",
     407: "the proxy wants a password, check HTTPS_PROXY",
 }
@@ -191,7 +192,7 @@ class Question:
     def __post_init__(self) -> None:
         """Builds what all requests share, and a hash of all that shapes an answer."""
         if not re.search(r"\{[^\W\d]\w*\}", self.prompt):
-            raise StopRun("PROMPT does not say where {text_message} goes")
+            raise StopRun("PROMPT has no {text_message}, nor a {column}")
         self.schema = type(self.example)
         tool = openai.pydantic_function_tool(self.schema)
         form: Row = {"type": "json_schema", "name": self.schema.__name__}
@@ -500,15 +501,17 @@ async def call(
 #    as the server asks, or for a moment that grows with its silence.
 # 3. Three token buckets have room. `requests` and `tokens` are copies of the server's
 #    own limits, kept as its headers tell. `pace` is for a server that tells nothing. It
-#    is unlimited until the first refusal, and then what was sent a second until then.
-# Example: a server takes 50 requests a second and tells nothing. The first refusal sets
-# the pace to half of what was sent, say 30 a second. Each answer adds 0.2. At 52 the
-# server refuses again, and the pace becomes 42 to 49: and so on.
+#    is unlimited until the first refusal. That one sets it to half of what was sent a
+#    second, each answer adds 0.2, and each further refusal takes off 5 to 20 %.
+# Example: a server takes 50 requests a second and tells nothing. 60 a second were sent
+# until the first refusal, so the pace is 30. 110 answers later it is 52, the server
+# refuses again, and the pace falls to 42 or a bit more.
+# With --max-cost the money left has to cover all in flight, too, and one goes first.
 START = 8  # requests in flight before the first answer
 DOWN = 5  # failures in a row after which the server seems down
 BACKOFF = 0.5  # seconds; the n-th retry waits a random part of BACKOFF * 2**n
 PATIENCE = 600.0  # seconds without any answer that end the run
-OUTAGE = 60.0  # seconds; while the server seems down, a message spends one try in these
+OUTAGE = 30.0  # seconds; while the server seems down, only one try in these counts
 SPARE = 4  # requests to leave room for, since other runs may share the account
 
 
@@ -615,6 +618,8 @@ class Throttle:
                 tokens = size * self.tokens_per_character
                 await self.wait_for_turn(tokens)
                 sent_at = time.monotonic()
+                if not self.requests.taken:
+                    self.pace.since = sent_at  # the first request: measure from here
                 self.in_flight += 1
                 self.pace.take(1)
                 self.requests.take(1)
@@ -722,10 +727,12 @@ class Throttle:
         silence = time.monotonic() - self.last_heard
         patience = PATIENCE
         advice = ""
+        if reply.error == "timeout":
+            silence -= self.options.timeout  # of this request
         if not self.answers and set(self.failures) == {"connection"}:
             patience = 10.0
         if not self.answers and set(self.failures) == {"timeout"}:
-            patience = 3 * self.options.timeout
+            patience = 2 * self.options.timeout
             advice = ", try a larger --timeout"
         if silence > patience:
             raise StopRun(f"no answer for {silence:.0f} s; {reply.message}{advice}")
@@ -786,6 +793,8 @@ async def answer_each(
 ) -> None:
     """Asks about all messages and hands each final reply to `keep`. Raises StopRun, or
     what `keep` raised."""
+
+    throttle.last_heard = time.monotonic()  # silence counts from here
 
     # Workers share one iterator. A task for each message, as `gather` makes, would take
     # 171 MiB for 100,000 messages; 50 workers take 22. Sharing is safe, because another
@@ -909,9 +918,11 @@ class Journal:
         self.path = path.resolve()
         self.temporary = self.path.with_name(f".{self.path.name}.tmp")
         self.question = question
-        self.starts: dict[int, int] = {}  # where the row of a text starts; -1: asked
-        self.failed: set[int] = set()  # texts whose row is an error of this run
-        self.old_errors: dict[int, int] = {}  # where the error row of a text starts
+        # A text (see `Question.key`) has no row yet, was handed out by `missing` (-1),
+        # has an answer, or an error. Numbers are the byte where its row starts.
+        self.starts: dict[int, int] = {}
+        self.failed: set[int] = set()  # those of `starts` whose row is an error
+        self.old_errors: dict[int, int] = {}  # of earlier runs: they are asked again
         self.end = 0  # the size of the file
         self.file = self.open(restart)
 
@@ -958,8 +969,12 @@ class Journal:
         an answer raises StopRun."""
         answered = row["response"] is not None
         if row["settings"] == self.question.settings:
-            found = self.starts if answered else self.old_errors
-            found.setdefault(self.question.key(row), self.end)
+            key = self.question.key(row)
+            if answered:
+                self.starts.setdefault(key, self.end)
+                self.old_errors.pop(key, None)
+            elif key not in self.starts:
+                self.old_errors[key] = self.end
         elif answered:
             raise StopRun(
                 f"{self.path} has answers of {row.get('model')} with another prompt or "
@@ -1009,11 +1024,12 @@ class Journal:
 
     def sync(self) -> None:
         """Makes the rows survive a power failure. Raises StopRun if they are gone."""
+        end = self.end  # rows may be added meanwhile
         os.fsync(self.file.fileno())
         mine = os.fstat(self.file.fileno())
         if not self.path.exists() or not os.path.samestat(mine, self.path.stat()):
             raise StopRun(f"{self.path} was moved or deleted during the run")
-        if mine.st_size < self.end:
+        if mine.st_size < end:
             raise StopRun(f"{self.path} was emptied or cut during the run")
 
     def in_order(self, messages: Iterable[Row]) -> Iterator[bytes]:
@@ -1059,8 +1075,8 @@ class Journal:
 # --- 5. Half the price ----------------------------------------------------------------
 # The Batch API answers within a day: https://platform.openai.com/docs/guides/batch
 # Nothing is remembered on this machine. A batch bears the settings and OUTPUT's name
-# from the moment it exists, so the provider's list shows what was submitted. To do
-# without batches, delete this part and the flag --batch.
+# from the moment it exists, so the provider's list shows what was submitted. Who does
+# not need batches may delete this part: then --batch is an error, and all else works.
 POLL = 60.0  # seconds between two looks at the list
 MOST_LINES = 50_000  # of a batch
 MOST_FILE_BYTES = 190_000_000  # the API takes 200 MB
@@ -1216,8 +1232,9 @@ async def answer_in_batches(
         try:
             running = await batches.look()
             count = sum(1 for _ in missing())
-            if not running and not count:
-                await batches.delete(batches.uploaded)
+            if not count:
+                if not running:
+                    await batches.delete(batches.uploaded)
                 return
             if not running and not doubts:
                 state = (batches.journal.end, batches.most_lines)
@@ -1408,11 +1425,10 @@ def caught(signals: Iterable[int], throttle: Throttle) -> Iterator[None]:
         if throttle.stopping.is_set() and task:
             task.cancel()
             return
+        say(f"waiting for {throttle.in_flight} requests; Ctrl-C again: at once")
         reason = "interrupted"
         if throttle.options.batch:
-            reason = "the batches go on; the same command collects them"
-        else:
-            say(f"waiting for {throttle.in_flight} requests; Ctrl-C again: at once")
+            reason += ": what was submitted goes on, and the same command collects it"
         throttle.stop(StopRun(reason, 130))
 
     before = {number: signal.getsignal(number) for number in signals}
@@ -1491,9 +1507,9 @@ async def fill(
 async def watch(
     journal: Journal, throttle: Throttle, progress: Progress, batches: Any
 ) -> None:
-    """Each second, shows how it goes and makes the rows survive a power failure."""
+    """Twice a second, shows how it goes and makes the rows survive a power failure."""
     while True:
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.5)
         state = f"{throttle.in_flight} in flight"
         seconds = throttle.paused_until - time.monotonic()
         if seconds > 0.5:
@@ -1564,9 +1580,10 @@ async def answer_all(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(output or Path(folder, "rows.jsonl"))
         options = parse_args(["-", "rows.jsonl"])
-        of_question = {"model", "field", "offline"}  # flags that Question has, too
-        for name in vars(options).keys() & changes.keys() - of_question:
-            setattr(options, name, changes.pop(name))
+        for name in vars(options).keys() & changes.keys():
+            setattr(options, name, changes[name])
+            if name not in ("model", "field", "offline"):  # Question has these, too
+                del changes[name]
         options.output = path
         options.command = ""
         options.signals = []
@@ -1577,7 +1594,8 @@ async def answer_all(
             if asked:
                 await run(lambda: iter(asked), question, options)
         except StopRun as stop:
-            stop.rows = read_rows(path, question, asked)
+            with contextlib.suppress(ValueError, LookupError):  # it is no such file
+                stop.rows = read_rows(path, question, asked)
             raise
         return read_rows(path, question, asked)
 
@@ -1588,7 +1606,9 @@ def read_rows(path: Path, question: Question, messages: list[Row]) -> list[Row]:
     if not path.exists():
         return []
     with open(path, encoding="utf-8") as file:
-        return [row for row in map(json.loads, file) if question.key(row) in keys]
+        rows = [json.loads(line) for line in file]
+    ours = [row for row in rows if row["settings"] == question.settings]
+    return [row for row in ours if question.key(row) in keys]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -681,6 +681,19 @@ def test_two_runs_at_once(server: Provider, tmp_path: Path) -> None:
 
 
 @posix
+@pytest.mark.timeout(20)
+def test_a_run_that_has_all_its_rows_waits_for_nobody(
+    server: Provider, run: Runner, start: Runner
+) -> None:
+    """Not for the batch of another folder, which looks like its own."""
+    submit(server, start, "there", OTHERS["disjoint"])
+    server.batches[0].begun += 1e9  # it does not end
+    run(TEN)
+    check_whole(run(TEN, "--batch"), server)
+    assert server.sizes == [4]
+
+
+@posix
 @pytest.mark.parametrize("difference", ["output", "settings"])
 def test_batches_of_others_are_left_alone(
     server: Provider, start: Runner, monkeypatch: Monkey, difference: str
