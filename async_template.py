@@ -130,7 +130,7 @@ ERRORS = {
     "rate_limit": "429 503 529",  # the server wants fewer requests
     "server_error": "408 409 425 498 499",  # and all others from 500 on
     "unclear": "400 413 422",  # rejected, and the server does not say why
-    "settings": "",  # rejected, as every request will be before the first answer
+    "settings": "",  # all other 4xx, such as 403 and 404, or a setting is rejected
 }
 RETRIED = {"timeout", "connection", "server_error", "bad_response", "invalid_answer"}
 TROUBLE = {"timeout", "connection", "server_error", "bad_response", "rate_limit"}
@@ -209,7 +209,7 @@ class Question:
 
     def text(self, message: Row) -> str:
         """PROMPT with the message filled in. Raises StopRun at an unknown {name}."""
-        text = message["text_message"]
+        text = message["text_message"]  # it has two names: also that of its column
         columns = message.get("fields", {}) | {"text_message": text, self.field: text}
 
         def fill(match: re.Match[str]) -> str:
@@ -345,9 +345,10 @@ def find(names: str, body: Any) -> list[str]:
 def read_failure(status: int, body: Any, headers: Mapping[str, str]) -> Reply:
     """The reply for an error, with the server's reason and what to do about it."""
     error = "server_error" if status >= 500 else "settings"
-    seen = {str(status), *find("code|type", body)}
-    for kind, codes in ERRORS.items():
-        if seen.intersection(codes.split()):
+    codes = [code for code in find("code|type", body) if not code.isdecimal()]
+    seen = {str(status), *codes}
+    for kind, names in ERRORS.items():
+        if seen.intersection(names.split()):
             error = kind
             break
     setting = "".join(find("param", body)[:1])
@@ -566,7 +567,9 @@ class Throttle:
         self.failures = Counter[str]()  # since the last answer, by type of error
         self.last_heard = time.monotonic()  # when it answered or rejected a request
         self.paused_until = 0.0
-        self.told_at = 0.0  # when the request was sent whose headers were read last
+        self.headers_from = (
+            0.0  # when the newest request was sent whose headers we used
+        )
 
     def stop(self, reason: StopRun | OSError) -> None:
         """Lets nothing more start. What is in flight may land."""
@@ -583,13 +586,14 @@ class Throttle:
     def seconds_to_wait(self, tokens: float) -> float:
         """Seconds until the next request may start; infinity: not before one lands."""
         # Before the first answer nobody knows what one costs.
-        alone = self.is_down or (not self.answers and self.usd_left < math.inf)
-        if alone and self.in_flight:
+        one_by_one = self.is_down or (not self.answers and self.usd_left < math.inf)
+        if one_by_one and self.in_flight:
             return math.inf
         if not self.answers and self.in_flight >= START:
             return math.inf
         if (self.in_flight + 1) * self.usd_each > self.usd_left:
             return math.inf
+        # Room for this request, and some for other runs that share the account.
         return max(
             self.paused_until - time.monotonic(),
             self.pace.seconds_until(1),
@@ -612,7 +616,7 @@ class Throttle:
 
     async def send(self, request: Request, message: Row) -> Reply:
         """The reply to one request, which starts as soon as it may. Raises StopRun."""
-        size = 500 + len(str(message))  # characters, with instructions and schema
+        size = 500 + len(str(message))  # characters; 500 for all that goes with it
         async with self.slots:
             async with self.queue:
                 tokens = size * self.tokens_per_character
@@ -631,8 +635,8 @@ class Throttle:
                 self.in_flight -= 1
                 self.landed.set()
         self.pay(reply, size)
-        if sent_at >= self.told_at:
-            self.told_at = sent_at
+        if sent_at >= self.headers_from:
+            self.headers_from = sent_at
             self.read_limits(reply.headers, taken)
         if reply.error in TROUBLE:
             self.slow_down(reply, sent_at)
@@ -667,7 +671,7 @@ class Throttle:
                 bucket.size = int(limit)
                 # The headers describe the moment of sending.
                 bucket.left = int(left) - (bucket.taken - taken_then)
-                bucket.at = self.told_at
+                bucket.at = self.headers_from
 
     def speed_up(self, reply: Reply) -> None:
         """The server has dealt with a request: the pace may grow."""
@@ -686,7 +690,8 @@ class Throttle:
             return
         now = time.monotonic()
         seconds = reply.retry_after
-        # What was sent before the last pause met the same jam, and is no news.
+        # `since` is the end of the last pause, and may still be to come. What was sent
+        # before it met the same jam, for which the pace has been cut.
         if sent_at >= self.pace.since:
             seconds = max(seconds, 0.05 + min(10.0, (now - self.last_heard) / 5))
             self.restart_pace(now + seconds, refused or reply.error == "timeout")
@@ -768,9 +773,9 @@ async def ask(throttle: Throttle, request: Request, message: Row) -> Reply:
             if reply.error == "no_room":
                 await back_off(refusals, throttle.stopping)
             continue
-        silence = time.monotonic() - last_try
-        if reply.error in TROUBLE and throttle.is_down and silence < OUTAGE:
-            continue
+        since_try = time.monotonic() - last_try
+        if reply.error in TROUBLE and throttle.is_down and since_try < OUTAGE:
+            continue  # that was the server's fault, and no try
         last_try = time.monotonic()
         tries += 1
         if reply.error not in RETRIED or tries >= throttle.options.max_attempts:
@@ -797,8 +802,8 @@ async def answer_each(
     throttle.last_heard = time.monotonic()  # silence counts from here
 
     # Workers share one iterator. A task for each message, as `gather` makes, would take
-    # 171 MiB for 100,000 messages; 50 workers take 22. Sharing is safe, because another
-    # worker can take over only at an await.
+    # 171 MiB for 100,000 messages; with 50 workers it was 22. Sharing is safe, because
+    # another worker can take over only at an await.
     async def work() -> None:
         try:
             for message in messages:
@@ -974,7 +979,7 @@ class Journal:
                 self.starts.setdefault(key, self.end)
                 self.old_errors.pop(key, None)
             elif key not in self.starts:
-                self.old_errors[key] = self.end
+                self.old_errors.setdefault(key, self.end)
         elif answered:
             raise StopRun(
                 f"{self.path} has answers of {row.get('model')} with another prompt or "
@@ -1010,7 +1015,7 @@ class Journal:
         line = to_line(row)
         start = self.file.seek(0, os.SEEK_END)
         if start < self.end:
-            self.sync()
+            self.sync()  # somebody cut the file: this says so
         if self.file.write(line) < len(line):
             self.file.truncate(start)
             raise OSError(28, "No space left on device", str(self.path))
@@ -1047,8 +1052,8 @@ class Journal:
                 row = json.loads(file.readline())
                 for name in ("line", "text_message", "fields"):
                     row.pop(name, None)
-                if others.pop(key, None) is None:
-                    row["usage"] = None  # it stands in the first row with this text
+                if others.pop(key, None) is None:  # not the first row with this text
+                    row["usage"] = None
                 yield to_line(message | row)
             for start in others.values():
                 if start >= 0:
@@ -1428,7 +1433,7 @@ def caught(signals: Iterable[int], throttle: Throttle) -> Iterator[None]:
         say(f"waiting for {throttle.in_flight} requests; Ctrl-C again: at once")
         reason = "interrupted"
         if throttle.options.batch:
-            reason += ": what was submitted goes on, and the same command collects it"
+            reason += ": the batches go on; the same command collects them"
         throttle.stop(StopRun(reason, 130))
 
     before = {number: signal.getsignal(number) for number in signals}
@@ -1494,6 +1499,7 @@ async def fill(
                 await answer_in_batches(batches, missing, ask_live, throttle)
             else:
                 await ask_live(missing())
+            progress.show("done")
     finally:
         watcher.cancel()
         try:

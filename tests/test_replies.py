@@ -182,6 +182,7 @@ FAILURES = {
     "499": ("server_error", True),
     "500": ("server_error", True),
     "500:x-should-retry=true": ("server_error", True),
+    "500:code=401": ("server_error", True),
     "502": ("server_error", True),
     "504": ("server_error", True),
     "failed": ("server_error", True),
