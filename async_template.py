@@ -236,8 +236,10 @@ class Question:
     def read(self, body: Any, half_price: bool = False) -> Reply:
         """The reply in the body of a 200. Other servers leave out much of what is in
         https://platform.openai.com/docs/api-reference/responses/object"""
+        reply = Reply(None, "bad_response", f"not from the Responses API: {body}")
         try:
-            reply = self.unpack(body)
+            with contextlib.suppress(LookupError, TypeError, AttributeError):
+                reply = self.unpack(body)
             if body.get("model"):
                 reply.model = clean(str(body["model"]))
             used = body.get("usage") or {}
@@ -251,8 +253,7 @@ class Question:
             if isinstance(created_at, int) and 1e9 < created_at < 1e10:
                 reply.answered_at = created_at
         except (ValueError, LookupError, TypeError, AttributeError):
-            message = f"not from the Responses API: {str(body)[:200]}"
-            return Reply(None, "bad_response", message)
+            return Reply(None, "bad_response", f"not from the Responses API: {body}")
         if not reply.error:
             self.check(reply)
         return reply
@@ -281,7 +282,7 @@ class Question:
         text = reply.text
         try:
             json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             # Some servers put it between ``` fences, or behind <think>...</think>.
             text = text[text.find("{") : text.rfind("}") + 1] or text
         try:
@@ -328,7 +329,7 @@ def clean(message: str) -> str:
 
 def decode(content: bytes, key: str) -> Any:
     """The JSON value in the body of a reply, or its text. A key in it is replaced."""
-    if len(key) > 7:  # a shorter one is any word, for a local server
+    if len(key) >= 16:  # a shorter one is any word, for a local server
         content = content.replace(key.encode(), b"[key]")
     try:
         return json.loads(content)
@@ -369,7 +370,7 @@ def seconds_asked(headers: Mapping[str, str]) -> float:
     """How long the server asks us to wait, in seconds; 0 if it does not say."""
     asked = headers.get("retry-after", "")
     seconds = 0.0
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OverflowError):
         seconds = email.utils.parsedate_to_datetime(asked).timestamp() - time.time()
     with contextlib.suppress(ValueError):
         seconds = float(asked)
@@ -456,6 +457,9 @@ async def bound_body(reply: Any) -> None:
     """Reads a reply's body, but not more than MOST_BYTES. A hook of the HTTP client."""
     if not reply.request.url.path.endswith("/responses"):
         return  # the results of a batch may be large
+    length = reply.headers.get("content-length", "")
+    if length.isdecimal() and int(length) <= MOST_BYTES:
+        return
     body = bytearray()
     async for chunk in reply.aiter_raw():
         body += chunk
@@ -560,7 +564,8 @@ class Throttle:
         self.pace = TokenBucket()
         self.usd_left = options.max_cost or math.inf
         self.tokens_per_character = 0.3  # a moving average
-        self.usd_each = question.most_usd()  # of the dearest request
+        self.usd_least = question.most_usd()  # to set aside for a request
+        self.usd_per_character = 0.0  # of the dearest request
         self.in_flight = 0
         self.answers = 0
         self.rejected = 0  # messages in a row
@@ -583,7 +588,7 @@ class Throttle:
         """Whether the server seems down."""
         return self.failures.total() >= DOWN
 
-    def seconds_to_wait(self, tokens: float) -> float:
+    def seconds_to_wait(self, tokens: float, usd: float) -> float:
         """Seconds until the next request may start; infinity: not before one lands."""
         # Before the first answer nobody knows what one costs.
         one_by_one = self.is_down or (not self.answers and self.usd_left < math.inf)
@@ -591,7 +596,7 @@ class Throttle:
             return math.inf
         if not self.answers and self.in_flight >= START:
             return math.inf
-        if (self.in_flight + 1) * self.usd_each > self.usd_left:
+        if usd > self.usd_left:
             return math.inf
         # Room for this request, and some for other runs that share the account.
         return max(
@@ -601,26 +606,27 @@ class Throttle:
             self.tokens.seconds_until(tokens + min(SPARE * tokens, self.tokens.rate)),
         )
 
-    async def wait_for_turn(self, tokens: float) -> None:
+    async def wait_for_turn(self, tokens: float, usd: float) -> None:
         """Returns when the next request may start. Raises StopRun if none may."""
         while True:
             if self.stopping.is_set():
                 raise self.reason
-            seconds = self.seconds_to_wait(tokens)
+            seconds = self.seconds_to_wait(tokens, usd)
             if seconds <= 0:
                 return
             if seconds == math.inf and not self.in_flight:
-                raise StopRun(f"--max-cost: less than {self.usd_each:.2g} USD is left")
+                raise StopRun(f"--max-cost: the next one may cost {usd:.2g} USD")
             self.landed.clear()
             await pause(min(seconds, 1.0), self.landed)
 
     async def send(self, request: Request, message: Row) -> Reply:
         """The reply to one request, which starts as soon as it may. Raises StopRun."""
-        size = 500 + len(str(message))  # characters; 500 for all that goes with it
+        size = size_of(message)
         async with self.slots:
             async with self.queue:
                 tokens = size * self.tokens_per_character
-                await self.wait_for_turn(tokens)
+                usd = max(self.usd_least, size * self.usd_per_character)
+                await self.wait_for_turn(tokens, usd)
                 sent_at = time.monotonic()
                 if not self.requests.taken:
                     self.pace.since = sent_at  # the first request: measure from here
@@ -628,11 +634,13 @@ class Throttle:
                 self.pace.take(1)
                 self.requests.take(1)
                 self.tokens.take(tokens)
+                self.usd_left -= usd
                 taken = (self.requests.taken, self.tokens.taken)
             try:
                 reply = await request(message)
             finally:
                 self.in_flight -= 1
+                self.usd_left += usd
                 self.landed.set()
         self.pay(reply, size)
         if sent_at >= self.headers_from:
@@ -642,7 +650,7 @@ class Throttle:
             self.slow_down(reply, sent_at)
         elif reply.error != "no_room":
             self.speed_up(reply)
-        self.judge(reply)
+        self.judge(reply, sent_at)
         return reply
 
     def pay(self, reply: Reply, size: int) -> None:
@@ -653,7 +661,7 @@ class Throttle:
         elif not reply.error and self.usd_left < math.inf:
             self.stop(StopRun("--max-cost: this server does not tell what it used"))
         self.usd_left -= reply.usd
-        self.usd_each = max(self.usd_each, reply.usd)
+        self.usd_per_character = max(self.usd_per_character, reply.usd / size)
 
     def read_limits(
         self, headers: Mapping[str, str], taken: tuple[float, float]
@@ -665,6 +673,8 @@ class Throttle:
             ("tokens", self.tokens, taken[1]),
         ):
             limit = headers.get(f"x-ratelimit-limit-{name}", "")
+            if not limit:
+                continue
             left = headers.get(f"x-ratelimit-remaining-{name}", "")
             if re.fullmatch("[1-9][0-9]{0,15},[0-9]{1,15}", f"{limit},{left}"):
                 bucket.rate = int(limit) / 60
@@ -702,7 +712,7 @@ class Throttle:
     def restart_pace(self, at: float, jammed: bool) -> None:
         """Begins to measure anew what is let through, from the end of a pause on. After
         a jam the pace is what was let through since the last pause, or a bit less."""
-        seconds = time.monotonic() - self.pace.since
+        seconds = max(0.001, time.monotonic() - self.pace.since)
         let_through = self.pace.taken - 1  # all but the one refused
         rate = self.pace.rate
         # A server that refuses everything is not slow, but down.
@@ -714,7 +724,7 @@ class Throttle:
                 rate = max(0.8 * rate, min(0.95 * rate, 0.92 * found))
         self.pace = TokenBucket(rate, max(1.0, rate / 20), left=0.0, at=at, since=at)
 
-    def judge(self, reply: Reply) -> None:
+    def judge(self, reply: Reply, sent_at: float) -> None:
         """Raises StopRun if there is no point in going on."""
         if not reply.error:
             self.proven = True
@@ -729,11 +739,9 @@ class Throttle:
         if reply.retry_after > PATIENCE:
             then = time.ctime(time.time() + min(reply.retry_after, 1e9))
             raise StopRun(f"the limit is used up until {then}; {reply.message}")
-        silence = time.monotonic() - self.last_heard
+        silence = sent_at - self.last_heard  # without the time that this one took
         patience = PATIENCE
         advice = ""
-        if reply.error == "timeout":
-            silence -= self.options.timeout  # of this request
         if not self.answers and set(self.failures) == {"connection"}:
             patience = 10.0
         if not self.answers and set(self.failures) == {"timeout"}:
@@ -741,6 +749,11 @@ class Throttle:
             advice = ", try a larger --timeout"
         if silence > patience:
             raise StopRun(f"no answer for {silence:.0f} s; {reply.message}{advice}")
+
+
+def size_of(message: Row) -> int:
+    """Characters of a message, and 500 for instructions, schema and answer."""
+    return 500 + len(message["text_message"]) + len(str(message.get("fields", "")))
 
 
 async def pause(seconds: float, until: asyncio.Event) -> None:
@@ -853,7 +866,7 @@ def read_messages(path: Path, name: str) -> Iterator[Row]:
                 yield message
             line = read + 1
     except UnicodeError:
-        raise StopRun(f"{path}, line {line}: not UTF-8, save it as UTF-8") from None
+        raise StopRun(f"{path}, line {line}: not UTF-8, or half a character") from None
     except (ValueError, RecursionError, csv.Error) as error:
         raise StopRun(f"{path}, line {line}: {error}") from None
 
@@ -961,7 +974,8 @@ class Journal:
                     self.end += len(line)
                 except (ValueError, LookupError, TypeError, RecursionError) as error:
                     torn = isinstance(error, ValueError) and not whole
-                    if not torn or not b'{"line": '.startswith(line[:9]):
+                    start = line.strip(b"\0")[:9]  # a power failure can leave zeros
+                    if not torn or not b'{"line": '.startswith(start):
                         raise StopRun(f"{where} is no row of results") from None
                     say(f"{where} was cut off by a crash: its message is asked again")
                     self.file.truncate(self.end)
@@ -1148,22 +1162,21 @@ class Batches:
     async def collect(self, batch: openai.types.Batch) -> None:
         """Writes the rows of a batch that has ended, then deletes its files."""
         results = [name for name in (batch.output_file_id, batch.error_file_id) if name]
-        lines: dict[int, Row] = {}  # by the text that was asked
+        lines: dict[int, bytes] = {}  # by the text that was asked
         for file_id in results:
             with contextlib.suppress(openai.NotFoundError):  # deleted before
                 file = await self.client.files.content(file_id)
-                for content in filter(bytes.strip, file.content.split(b"\n")):
-                    line = decode(content, self.client.api_key)
-                    lines[int(line["custom_id"], 16)] = line
+                for line in filter(bytes.strip, file.content.split(b"\n")):
+                    lines[int(json.loads(line)["custom_id"], 16)] = line
         if not lines:
             return
         journal = self.journal
         since = time.strftime(DATE, time.gmtime(batch.created_at))
         for message in self.read():
             key = journal.question.key(message)
-            line = lines.pop(key, None)
-            if line and not journal.has_answer(key):
-                reply = self.read_line(line)
+            found = lines.pop(key, None)
+            if found and not journal.has_answer(key):
+                reply = self.read_line(decode(found, self.client.api_key))
                 # An error that OUTPUT knows from an earlier look is to be asked again.
                 known = batch.id not in self.created and journal.error_at(key) >= since
                 if reply and not (reply.error and known):
@@ -1245,7 +1258,7 @@ async def answer_in_batches(
                 state = (batches.journal.end, batches.most_lines)
                 if states[-2:] == [state, state]:
                     raise StopRun("the batches bring no rows: see the provider's page")
-                await check_cost(count, missing, ask_live, throttle)
+                await check_cost(missing, ask_live, throttle)
                 doubts = 2
                 messages = missing()
                 while not throttle.stopping.is_set() and await batches.submit(messages):
@@ -1267,22 +1280,20 @@ async def answer_in_batches(
 
 
 async def check_cost(
-    count: int,
     missing: Reader,
     ask_live: Callable[[Iterator[Row]], Awaitable[None]],
     throttle: Throttle,
 ) -> None:
-    """Raises StopRun if so many messages cost too much. Asks one to know the cost."""
+    """Raises StopRun if the messages cost too much. Asks one, to know what it costs."""
     if throttle.usd_left == math.inf:
         return
-    if not throttle.usd_each:
+    if not throttle.usd_per_character:
         await ask_live(itertools.islice(missing(), 1))
-        count -= 1
-    if not throttle.usd_each:
+    if not throttle.usd_per_character:
         raise StopRun("--max-cost: the first message failed, so no cost is known")
-    usd = throttle.usd_each * count / 2
+    usd = sum(map(size_of, missing())) * throttle.usd_per_character / 2
     if usd > throttle.usd_left:
-        raise StopRun(f"--max-cost: {count:,} messages may take {usd:,.4f} USD")
+        raise StopRun(f"--max-cost: the other messages may take {usd:,.4f} USD")
 
 
 # --- 6. Command line ------------------------------------------------------------------
@@ -1433,7 +1444,8 @@ def caught(signals: Iterable[int], throttle: Throttle) -> Iterator[None]:
         say(f"waiting for {throttle.in_flight} requests; Ctrl-C again: at once")
         reason = "interrupted"
         if throttle.options.batch:
-            reason += ": the batches go on; the same command collects them"
+            reason += ": the batches go on; the same command collects them (without"
+            reason += " --batch they would be paid for twice)"
         throttle.stop(StopRun(reason, 130))
 
     before = {number: signal.getsignal(number) for number in signals}
@@ -1515,7 +1527,10 @@ async def watch(
 ) -> None:
     """Twice a second, shows how it goes and makes the rows survive a power failure."""
     while True:
+        before = time.monotonic()
         await asyncio.sleep(0.5)
+        # A computer that was asleep, or stopped by Ctrl-Z, has heard nothing meanwhile.
+        throttle.last_heard += max(0.0, time.monotonic() - before - 5)
         state = f"{throttle.in_flight} in flight"
         seconds = throttle.paused_until - time.monotonic()
         if seconds > 0.5:
