@@ -625,7 +625,7 @@ class Throttle:
         async with self.slots:
             async with self.queue:
                 tokens = size * self.tokens_per_character
-                # Half as much again, since not all texts have the same tokens a character.
+                # Half as much again: texts differ in their tokens a character.
                 usd = max(self.usd_least, 1.5 * size * self.usd_per_character)
                 await self.wait_for_turn(tokens, usd)
                 sent_at = time.monotonic()
