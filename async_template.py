@@ -964,29 +964,31 @@ class Journal:
 
     def load(self) -> None:
         """Finds the rows of earlier runs. Raises StopRun at a line that is no row."""
-        whole = True
-        with open(self.path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{self.path}, line {number}"
-                whole = line.endswith(b"\n")
-                try:
-                    if line.strip():
-                        self.load_row(json.loads(line.decode("utf-8-sig")))
+        number = 0
+        line = b"\n"
+        try:
+            with open(self.path, "rb") as file:
+                for number, line in enumerate(file, 1):  # noqa: B007
+                    self.load_row(line)
                     self.end += len(line)
-                except (ValueError, LookupError, TypeError, RecursionError) as error:
-                    torn = isinstance(error, ValueError) and not whole
-                    start = line.strip(b"\0")[:9]  # a power failure can leave zeros
-                    if not torn or not b'{"line": '.startswith(start):
-                        raise StopRun(f"{where} is no row of results") from None
-                    say(f"{where} was cut off by a crash: its message is asked again")
-                    self.file.truncate(self.end)
-                    whole = True
-        if not whole:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            where = f"{self.path}, line {number}"
+            torn = isinstance(error, ValueError) and not line.endswith(b"\n")
+            start = line.strip(b"\0")[:9]  # a power failure can leave zeros
+            if not torn or not b'{"line": '.startswith(start):
+                raise StopRun(f"{where} is no row of results") from None
+            say(f"{where} was cut off by a crash: its message is asked again")
+            self.file.truncate(self.end)
+            line = b"\n"
+        if not line.endswith(b"\n"):
             self.end += self.file.write(b"\n")
 
-    def load_row(self, row: Row) -> None:
+    def load_row(self, line: bytes) -> None:
         """Notes a row of an earlier run. With other settings an error is dropped, and
         an answer raises StopRun."""
+        if not line.strip():
+            return
+        row = json.loads(line.decode("utf-8-sig"))
         answered = row["response"] is not None
         if row["settings"] == self.question.settings:
             key = self.question.key(row)
@@ -1206,6 +1208,14 @@ class Batches:
         again = reply.error in TROUBLE or reply.error == "no_room"
         return None if again else reply
 
+    async def submit_all(
+        self, messages: Iterator[Row], stopping: asyncio.Event
+    ) -> None:
+        """Submits batches about all these messages."""
+        more = True
+        while more and not stopping.is_set():
+            more = await self.submit(messages)
+
     async def submit(self, messages: Iterator[Row]) -> bool:
         """Submits a batch about the first of these messages. Returns whether there were
         any."""
@@ -1251,19 +1261,18 @@ async def answer_in_batches(
         try:
             running = await batches.look()
             count = sum(1 for _ in missing())
+            if not count and not running:
+                await batches.delete(batches.uploaded)
             if not count:
-                if not running:
-                    await batches.delete(batches.uploaded)
                 return
-            if not running and not doubts:
-                state = (batches.journal.end, batches.most_lines)
-                if states[-2:] == [state, state]:
-                    raise StopRun("the batches bring no rows: see the provider's page")
+            state = (batches.journal.end, batches.most_lines)
+            may_submit = not running and not doubts
+            if may_submit and states[-2:] == [state, state]:
+                raise StopRun("the batches bring no rows: see the provider's page")
+            if may_submit:
                 await check_cost(missing, ask_live, throttle)
                 doubts = 2
-                messages = missing()
-                while not throttle.stopping.is_set() and await batches.submit(messages):
-                    pass
+                await batches.submit_all(missing(), throttle.stopping)
                 doubts = 0
                 states.append(state)
                 await batches.look()
