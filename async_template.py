@@ -572,9 +572,7 @@ class Throttle:
         self.failures = Counter[str]()  # since the last answer, by type of error
         self.last_heard = time.monotonic()  # when it answered or rejected a request
         self.paused_until = 0.0
-        self.headers_from = (
-            0.0  # when the newest request was sent whose headers we used
-        )
+        self.headers_from = 0.0  # when the request was sent whose headers are in use
 
     def stop(self, reason: StopRun | OSError) -> None:
         """Lets nothing more start. What is in flight may land."""
@@ -1615,6 +1613,8 @@ async def answer_all(
             setattr(options, name, changes[name])
             if name not in ("model", "field", "offline"):  # Question has these, too
                 del changes[name]
+        if options.batch and output is None:
+            raise ValueError("batch=True needs output: batches are found by its name")
         options.output = path
         options.command = ""
         options.signals = []

@@ -925,3 +925,10 @@ def test_no_room_for_flex_is_no_attempt(
     messages = [f"m{n}" for n in range(150)]
     result = run(messages, "--max-attempts", "1", "--concurrency", "20")
     check_whole(result, server, messages)
+
+
+def test_answer_all_in_batches_needs_an_output(server: Provider) -> None:
+    """A batch is found by OUTPUT's name, which a temporary file has not."""
+    with pytest.raises(ValueError, match="output"):
+        asyncio.run(async_template.answer_all(["a"], batch=True))
+    assert (server.total, server.files) == (0, {})
