@@ -359,8 +359,9 @@ def read_failure(status: int, body: Any, headers: Mapping[str, str]) -> Reply:
     # Gateways have their own shapes, and wrap the words of the server behind them.
     words = find("raw", body) or find("message|msg", body) or find("detail|error", body)
     message = f"status {status}: {(words or [str(body)[:200]])[0]}"
-    advice = {"settings": f"the setting {setting!r} is not accepted"}
-    advice["account"] = ADVICE[402]
+    advice = {"settings": ADVICE[404], "account": ADVICE[402]}
+    if setting:
+        advice["settings"] = f"the setting {setting!r} is not accepted"
     if error in advice:
         message = f"{ADVICE.get(status, advice[error])}; {message}"
     return Reply(None, error, message, seconds_asked(headers), headers)

@@ -158,28 +158,28 @@ def test_no_room_for_flex_holds_up_nobody_else(
 
 
 @pytest.mark.parametrize(
-    ("headers", "retry_after", "most"),
-    [(True, "ms", 6), (False, "ms", 25), (False, None, 25)],
+    ("headers", "retry_after", "share"),
+    [(True, "ms", 0.05), (False, "ms", 0.25), (False, None, 0.25)],
 )
 def test_rate_limit(
-    server: Server, run: Runner, headers: bool, retry_after: RetryAfter, most: int
+    server: Server, run: Runner, headers: bool, retry_after: RetryAfter, share: float
 ) -> None:
     """Within a limit of requests all are answered, and few are refused."""
-    limit = RateLimit(40, 10, headers=headers, retry_after=retry_after)
+    limit = RateLimit(100, 20, headers=headers, retry_after=retry_after)
     server.policies = [limit]
     server.latency = 0.05
-    assert all_answered(run(usual(50)), 50)
-    assert limit.refused <= most
+    assert all_answered(run(usual(150)), 150)
+    assert limit.refused <= share * server.total
 
 
 def test_token_limit(server: Server, run: Runner) -> None:
     """Within a limit of tokens all are answered, long messages and short."""
-    limit = TokenLimit(8_000, 4_000, headers=True)
+    limit = TokenLimit(20_000, 4_000, headers=True)
     server.policies = [limit]
     server.latency = 0.05
-    messages = [f"{n} " + "word " * (n * 37 % 200) for n in range(50)]
-    assert all_answered(run(messages), 50)
-    assert limit.refused <= 5
+    messages = [f"{n} " + "word " * (n * 37 % 200) for n in range(120)]
+    assert all_answered(run(messages), 120)
+    assert limit.refused <= 12
 
 
 @pytest.mark.timeout(20)

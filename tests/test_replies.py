@@ -858,3 +858,9 @@ def test_refused_output_is_closed(run: Runner, tmp_path: Path) -> None:
         assert run([GOOD], "--offline").code == 2
         gc.unfreeze()
         gc.collect()
+
+
+def test_other_rejections_name_no_setting(server: Server, run: Runner) -> None:
+    """A 405 is about the address or the model, not about a setting without a name."""
+    err = run(["a [405]"]).err
+    assert "OPENAI_BASE_URL" in err and "setting" not in err
