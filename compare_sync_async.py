@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     load = {"now": 0, "peak": 0}  # requests in flight
     calls: Calls = []
     try:
-        question = template.new_question()
+        question = template.Question()
         rows = list(template.read_messages(args.input, "text"))
         if not rows:
             raise template.StopRun(f"there is no message in {args.input}")

@@ -418,14 +418,6 @@ def test_answer_counts_more_than_an_error(
     assert result.rows[1] == answer | {"line": 2}
 
 
-def test_error_row_stays_until_it_is_asked_again(server: Server, run: Runner) -> None:
-    """A pilot into an OUTPUT that holds more leaves its errors as they are."""
-    messages = ["a", "b [refusal]", "c"]
-    before = run(messages).rows
-    after = run(messages, "--limit", "1")
-    assert (after.code, after.rows, server.total) == (0, before, 3)
-
-
 @pytest.mark.parametrize("after", [1, 2, 8, 9, 10, 30, "é", "😀", -3, -2])
 def test_torn_line_is_asked_again(
     server: Server, run: Runner, out: Path, after: int | str
@@ -558,15 +550,6 @@ def test_file_of_someone_else_is_refused(
 ) -> None:
     """A slip of the hand must not cost a file."""
     out.write_bytes(content)
-    assert "out.jsonl" in refuse()
-
-
-def test_output_for_other_messages_is_refused(
-    run: Runner, refuse: Refuse, source: Path
-) -> None:
-    """An OUTPUT that shares no message with INPUT is a slip of the hand."""
-    run(source)
-    source.write_text("quite\nanother\n", encoding="utf-8")
     assert "out.jsonl" in refuse()
 
 
@@ -808,13 +791,6 @@ def test_output_that_cannot_be_written(
     code = async_template.main([str(source), str(source.parent / path)])
     err = capsys.readouterr().err
     assert (code, server.total, len(err.splitlines())) == (2, 0, 1), err
-
-
-def test_output_that_leaves_no_room_for_a_copy(server: Server, source: Path) -> None:
-    """Where its name is too long for another one beside it, nothing is paid in vain."""
-    out = source.parent / ("x" * 249 + ".jsonl")
-    code = async_template.main([str(source), str(out)])
-    assert (code, server.total) in [(2, 0), (0, 10)]
 
 
 def delete(out: Path) -> None:

@@ -238,24 +238,6 @@ def test_unknown_certificate(
     assert "SSL_CERT_FILE" in result.err
 
 
-@pytest.mark.parametrize("content", [None, "no certificate"])
-def test_useless_cert_file(
-    server: Server,
-    run: Runner,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    content: str | None,
-) -> None:
-    """An SSL_CERT_FILE that holds no certificate is named in a line."""
-    path = tmp_path / "my.pem"
-    if content is not None:
-        path.write_text(content, encoding="utf-8")
-    monkeypatch.setenv("SSL_CERT_FILE", str(path))
-    result = run([GOOD])
-    assert (result.code, server.total) == (2, 0)
-    assert line_about(result, "SSL_CERT_FILE")
-
-
 # --- Proxies --------------------------------------------------------------------------
 
 
@@ -360,16 +342,6 @@ def test_soft_limit_of_open_files_is_raised(server: Server, tmp_path: Path) -> N
     options = ("in.txt", "out.jsonl", "--concurrency", "120", "--timeout", "10")
     code, err = shell(tmp_path, 'ulimit -Sn 64; exec "$@"', *options)
     assert (code, server.total) == (0, 150), err
-
-
-@posix
-def test_hard_limit_of_open_files_is_said(server: Server, tmp_path: Path) -> None:
-    """More than the system allows is said before anything is sent."""
-    (tmp_path / "in.txt").write_text("one\ntwo\n", encoding="utf-8")
-    options = ("in.txt", "out.jsonl", "--concurrency", "200")
-    code, err = shell(tmp_path, 'ulimit -n 64; exec "$@"', *options)
-    assert (code, server.total) == (2, 0)
-    assert "--concurrency" in err and "Traceback" not in err
 
 
 @posix
