@@ -96,18 +96,19 @@ TIMEOUT = 30.0  # seconds for one attempt; more for a slow local model, 900 for 
 MAX_ATTEMPTS = 5  # tries for one message; waiting for a rate limit is not a try
 
 # --- 2. One message, one call ---------------------------------------------------------
+# The way of a message: `run` opens the files and `fill` starts `answer_each`. A worker
+# there uses `ask`, which tries until a `call` brings the final reply; `throttle.send`
+# holds each call back for as long as it must. `keep` writes the row and moves the bar.
 Row = dict[str, Any]  # a message (line, text_message, fields), later with its answer
 Reader = Callable[[], Iterator[Row]]  # gives the messages of INPUT, each time anew
 Request = Callable[[Row], Awaitable["Reply"]]  # asks about a message, once
 Keep = Callable[[Row, "Reply"], None]  # takes a message and its final reply
+Keys = Sequence[int]  # of texts, see `Question.key`
 Options = argparse.Namespace  # the flags
 Client = openai.AsyncOpenAI
-Keys = Sequence[int]  # of texts, see `Question.key`
 DATE = "%Y-%m-%dT%H:%M:%SZ"  # as pandas reads it, in UTC
 TOKENS = ("input_tokens", "output_tokens")
 MOST_BYTES = 10_000_000  # of a reply; no answer is as long
-# Of a server or a proxy: https, host, port, path.
-ADDRESS = r"(?i)(?:(https?)://)?(?:\S+@)?([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?([/?]\S*)?"
 # Settings that do not shape an answer may change between two runs into one OUTPUT.
 NEUTRAL = "service_tier|store|metadata|user|max_output_tokens|prompt_cache_.*|safety_.*"
 
@@ -116,25 +117,25 @@ NEUTRAL = "service_tier|store|metadata|user|max_output_tokens|prompt_cache_.*|sa
 ERRORS = {
     "content_filter": "content_filter|content_policy.*|ContentFiltered|Responsible.*",
     "bad_request": "invalid_prompt|context_length_exceeded|string_above_max_length"
-    "|(input|messages|prompt).*",  # the parameter at fault is the message
+    r"|(input|messages|prompt)([.[].*)?|input_tokens",  # the `param` is the message
     "invalid_answer": "json_validate_failed",  # it does not fit the schema
     "no_room": "resource_unavailable",  # flex has no capacity for this one request
-    "account": "401|402|407|insufficient_quota|billing_hard_limit_reached",
-    "rate_limit": "429|503|529",  # the server wants fewer requests
+    "fatal": "401|402|407|insufficient_quota|billing_hard_limit_reached",
+    "rate_limit": "429|503|529|rate_limit_exceeded",  # fewer requests, please
     "server_error": "408|409|425|498|499|5..",
     "unclear": "400|413|422",  # rejected, and the server does not say why
-    "settings": ".*",
+    "settings": ".*",  # such as 403 and 404: nobody can be answered, or just not this
 }
 RETRIED = {"timeout", "connection", "server_error", "bad_response", "invalid_answer"}
 TROUBLE = {"timeout", "connection", "server_error", "bad_response", "rate_limit"}
-# What a row calls those that matter to this file alone.
+# Types that we tell apart, but a row does not.
 SHOWN_AS = {"settings": "bad_request", "unclear": "bad_request"}
-SHOWN_AS |= {"account": "bad_request", "no_room": "rate_limit"}
+SHOWN_AS |= {"fatal": "bad_request", "no_room": "rate_limit"}
 # What to check, by the status or else by the type.
 ADVICE: dict[int | str, str] = {
     401: "the key is not accepted, check OPENAI_API_KEY",
     407: "the proxy wants a password, check HTTPS_PROXY",
-    "account": "no credit is left, check plan and billing",
+    "fatal": "no credit is left, check plan and billing",
     "settings": "unknown or forbidden, check --model and OPENAI_BASE_URL",
 }
 
@@ -172,6 +173,7 @@ class Reply:
 class Question:
     """What is asked: makes a message into a request, and reads the reply."""
 
+    # Part 1 is read when a question is made: a notebook may have changed MODEL.
     model: str = field(default_factory=lambda: MODEL)
     instructions: str = field(default_factory=lambda: INSTRUCTIONS)
     prompt: str = field(default_factory=lambda: PROMPT)
@@ -247,7 +249,8 @@ class Question:
 
     def check(self, text: str) -> Reply:
         """The answer in a text, or what is wrong with it."""
-        # Some servers put it between ``` fences, or behind <think>...</think>.
+        # Some servers put it behind <think>...</think>, or between ``` fences.
+        text = text.rpartition("</think>")[2]
         if not text.startswith("["):
             text = text[text.find("{") : text.rfind("}") + 1] or text
         try:
@@ -355,13 +358,17 @@ def read_error(error: BaseException, client: Client) -> Reply:
     if error.status_code < 400:
         url = str(error.request.url.join(headers.get("location", "")))
         words = "the server has moved, set OPENAI_BASE_URL to "
-        return Reply("account", words + url.removesuffix("/responses"))
+        return Reply("fatal", words + url.removesuffix("/responses"))
     body = decode(error.response.content, client.api_key)
     reply = read_failure(error.status_code, body)
     reply.headers = headers
     # The header may hold seconds, milliseconds or a date.
     reply.retry_after = max(0.0, client._parse_retry_after_header(headers) or 0.0)
     return reply
+
+
+# Of a server or a proxy: https, host, port, path.
+ADDRESS = r"(?i)(?:(https?)://)?(?:\S+@)?([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?([/?]\S*)?"
 
 
 def connect(offline: bool, concurrency: int) -> Client:
@@ -383,8 +390,9 @@ def connect(offline: bool, concurrency: int) -> Client:
     if sys.platform != "win32":  # each connection is an open file
         import resource
 
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 10_240), hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = max(soft, min(hard, 10_240))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     http = openai.DefaultAioHttpClient(  # takes 40 % less CPU than the default
         limits=type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=concurrency),
         follow_redirects=False,  # they would carry the messages to another host
@@ -415,11 +423,11 @@ async def bound_body(reply: Any) -> None:
             body = bytearray(b"it is too large")
             await reply.aclose()
             break
-    reply._content = bytes(body)  # where the client looks for it
+    reply._content = bytes(body)  # where a reply keeps its body once it is read
 
 
-async def call(client: Client, question: Question, limit: float, message: Row) -> Reply:
-    """Asks about one message, once, for `limit` seconds. The reply says what failed."""
+async def call(client: Client, question: Question, most: float, message: Row) -> Reply:
+    """Asks about one message, once, for `most` seconds. The reply says what failed."""
     if question.offline:
         await asyncio.sleep(random.lognormvariate(-1, 0.3))  # some 0.4 s
         answer = question.example.model_dump(mode="json")
@@ -429,9 +437,9 @@ async def call(client: Client, question: Question, limit: float, message: Row) -
     parse = client.responses.with_raw_response.parse
     sending = parse(extra_body=question.request(message))
     try:
-        raw = await asyncio.wait_for(sending, limit)
+        raw = await asyncio.wait_for(sending, most)
     except TimeoutError:
-        return Reply("timeout", f"no answer within {limit:g} s, see --timeout")
+        return Reply("timeout", f"no answer within {most:g} s, see --timeout")
     except (openai.APIError, aiohttp.ClientError) as error:
         return read_error(error, client)
     reply = question.read(decode(raw.content, client.api_key))
@@ -457,7 +465,7 @@ DOWN = 5  # failures or refusals in a row after which the server seems down
 GROWTH = 0.2  # requests a second that each reply adds to the pace
 SPARE = 0.3  # seconds' worth of the server's limits, left to other runs
 BACKOFF = 0.5  # seconds; the n-th retry waits a random part of BACKOFF * 2**n
-OUTAGE = 30.0  # seconds; while the server seems down, only one try in these counts
+OUTAGE = 30.0  # seconds; while the server seems down, one failed try in these counts
 PATIENCE = 600.0  # seconds without any answer that end the run
 
 
@@ -509,9 +517,10 @@ class Throttle:
         self.usd_left = options.max_cost or math.inf
         self.in_flight = 0
         self.answers = 0
-        self.rejected = 0  # messages in a row
-        self.failures = Counter[str]()  # since the last answer, by type of error
-        self.last_heard = time.monotonic()  # when it answered or rejected a request
+        self.rejected = 0  # messages since the last answer
+        # Failures and refusals since the server last dealt with a request, by type.
+        self.failures = Counter[str]()
+        self.last_heard = time.monotonic()  # when it did
 
     def stop(self, reason: StopRun | OSError) -> None:
         """Lets nothing more start. What is in flight may land."""
@@ -619,10 +628,6 @@ class Throttle:
             self.proven = True
             self.rejected = 0
 
-    # The requests in time; a letter stands for a pace:
-    #   A A A A (one is refused: pause, slower pace) B B B B (the same again) C C C C
-    # If another A is refused later, it met the same jam as the first. It may make the
-    # pause longer, but does not cut the pace again.
     def slow_down(self, reply: Reply) -> None:
         """Makes all pause after a refusal, or after five failures in a row."""
         self.failures[str(reply.error)] += 1
@@ -631,6 +636,10 @@ class Throttle:
             return
         now = time.monotonic()
         seconds = reply.retry_after
+        # The requests in time; a letter stands for a pace:
+        #   A A A A (one is refused: pause, slower pace) B B B B (the same again) C C
+        # If another A is refused later, it met the same jam as the first. It may make
+        # the pause longer, but does not cut the pace again.
         if reply.sent_at >= self.pace.first_taken:
             silence = now - self.last_heard
             seconds = max(seconds, 0.05 + min(10.0, silence / 5))
@@ -659,8 +668,9 @@ class Throttle:
         if reply.error in ("settings", "unclear"):
             self.rejected += 1
         hopeless = reply.error == "settings" and not self.proven
-        if hopeless or reply.error == "account":
+        if hopeless or reply.error == "fatal":
             raise StopRun(reply.message)
+        # With a setting that is wrong in the server's eyes, all would be rejected.
         if self.rejected >= (50 if self.proven else 24):
             raise StopRun(f"{self.rejected} messages were rejected; {reply.message}")
         if reply.retry_after > PATIENCE:
@@ -843,6 +853,7 @@ class Journal:
         #   failed just now   the byte of its row       yes
         self.starts: dict[int, int | None] = {}
         self.failed: set[int] = set()
+        self.old_errors: dict[int, int] = {}  # rows of earlier runs, to be asked again
         self.end = 0  # the size of the file
         self.file = self.open(restart)
 
@@ -876,8 +887,7 @@ class Journal:
                     self.file.write(b"\n")  # it is read next, as a blank line
 
     def load_row(self, line: bytes) -> None:
-        """Notes an answer of an earlier run; an error is asked again. Raises StopRun if
-        other settings made the answer."""
+        """Notes a row of an earlier run. Raises StopRun if other settings answered."""
         if not line.strip():
             return
         row = json.loads(line.decode("utf-8-sig"))
@@ -885,6 +895,8 @@ class Journal:
         answered = row["response"] is not None
         if answered and ours:
             self.starts.setdefault(self.question.key(row), self.end)
+        elif ours:
+            self.old_errors.setdefault(self.question.key(row), self.end)
         elif answered:
             there = f"{self.path} has answers of {row.get('model')} with another prompt"
             raise StopRun(f"{there} or setting: choose another OUTPUT, or --restart")
@@ -936,6 +948,10 @@ class Journal:
 
     def in_order(self, messages: Iterable[Row]) -> Iterator[bytes]:
         """The rows in INPUT's order, then those whose text has left INPUT."""
+        for key, old in self.old_errors.items():
+            if self.starts.get(key) is None:  # it was not asked again
+                self.starts[key] = old
+                self.failed.add(key)
         with open(self.path, "rb") as file:
             for message in messages:
                 key = self.question.key(message)
@@ -943,7 +959,7 @@ class Journal:
                 if start is None:
                     continue  # not asked yet
                 # A number below 0 says that the row is written. A second dictionary
-                # would take 50 bytes a message.
+                # would take 50 starts a message.
                 written = start < 0
                 if written:
                     start += self.end
@@ -1000,7 +1016,7 @@ class Batches:
     keep: Keep
     throttle: Throttle
     state: str = "looking for batches"  # for the bar
-    looks: int = 1  # at the list, since a submission; 1 lets a new run begin at once
+    looks: int = 0  # at the list, since a run has submitted something
 
     def __post_init__(self) -> None:
         self.client = self.client.with_options(timeout=600, max_retries=5)
@@ -1017,6 +1033,7 @@ class Batches:
         """Collects and submits batches until nothing is missing. Raises StopRun."""
         if not self.throttle.proven:
             await self.ask_one()  # a wrong setting shows in seconds
+            self.looks = 1  # there is no batch yet, so that one look is enough
         while not self.throttle.stopping.is_set():
             try:
                 running = await self.look()
@@ -1077,6 +1094,7 @@ class Batches:
         for message in self.missing():
             reply = replies.get(self.question.key(message))
             if reply and reply.error not in UNDONE:
+                self.throttle.usd_left -= reply.usd
                 self.keep(message, reply)
         self.journal.sync()
         # Texts that are not ours may be another run's, which still needs the files.
@@ -1437,7 +1455,7 @@ async def answer_all(
     """The rows of all messages but blank ones, in their order. With `output` they are
     kept in that file, and resumed. Changes are the fields of Question and the flags:
     `await answer_all(texts, "rows.jsonl", prompt=..., example=..., concurrency=20)`.
-    Raises TypeError, ValueError, and StopRun, whose `rows` are those made so far."""
+    Raises TypeError, ValueError, OSError, and StopRun with the `rows` made so far."""
     if isinstance(messages, str):
         raise TypeError("messages has to be a list of strings, not one string")
     asked: list[Row] = []
@@ -1484,7 +1502,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in argv or sys.argv[1:] if word != "--restart"]
     join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
     options.command = join(["python", sys.argv[0], *words])
-    options.no_bar = None  # that is, in a log
+    options.no_bar = None  # tqdm shows it in a terminal only
     options.signals = [signal.SIGINT, signal.SIGTERM]
     if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         options.signals.append(signal.SIGHUP)  # the terminal closes, without nohup

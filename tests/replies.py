@@ -137,6 +137,7 @@ def shapes(answer: str) -> dict[str, Json]:
         "bounds": '{"score": 7, "explanation": "Out of bounds."}',
         "badjson": answer[: len(answer) * 2 // 3],
         "think": f"<think>Hm, rather good.</think>\n\n{answer}",
+        "thinkbrace": f"<think>A set {{good, bad}}.</think>{answer}",
         "thinkfence": f"<think>Hm, rather good.</think>\n```json\n{answer}\n```",
     }
     return {name: {"output": [message(text)]} for name, text in texts.items()} | {

@@ -432,6 +432,19 @@ def test_list_shows_a_new_batch_late(
     assert server.sizes == [9]
 
 
+def test_started_again_before_the_list_shows_a_batch(
+    server: Provider, run: Runner, tmp_path: Path
+) -> None:
+    """A run that was killed right after a creation is no reason to create it again."""
+    (tmp_path / "in.txt").write_text("\n".join(TEN), encoding="utf-8")
+    command = [sys.executable, "-c", QUICK, "in.txt", "out.jsonl", "--batch"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    server.batch.hide = 1
+    with subprocess.Popen(command, cwd=tmp_path, env=env) as process:
+        server.after[CREATE] = [process.kill]
+    check_whole(run(TEN, "--batch"), server)
+
+
 @pytest.mark.parametrize("status", [429, 500])
 @pytest.mark.parametrize("call", CALLS)
 def test_provider_refuses_a_call(

@@ -397,6 +397,15 @@ def test_error_rows_are_asked_again(server: Server, run: Runner) -> None:
     assert not any(row["error"] for row in again.rows)
 
 
+def test_error_row_stays_until_it_is_asked_again(server: Server, run: Runner) -> None:
+    """A pilot into an OUTPUT that holds more leaves its errors as they are."""
+    messages = ["a", "b [refusal]", "c"]
+    before = run(messages).rows
+    after = run(messages, "--limit", "1")
+    assert (after.code, after.rows, server.total) == (0, before, 3)
+    assert "1 of 1 answered" in after.err
+
+
 def test_error_row_never_becomes_two(server: Server, run: Runner) -> None:
     """What fails again and again keeps one row."""
     for _ in range(3):

@@ -63,7 +63,11 @@ def bad_row(result: Run) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "shape", ["ok", "reasoning", "commentary", "twice", "fenced", "think", "thinkfence"]
+    "shape",
+    [
+        *("ok", "reasoning", "commentary", "twice", "fenced"),
+        *("think", "thinkbrace", "thinkfence"),
+    ],
 )
 def test_answer_is_read(server: Server, run: Runner, shape: str) -> None:
     """The last output message is read, in fences or behind <think> too, at once."""
@@ -258,6 +262,15 @@ def test_failed_for_its_message(server: Server, run: Runner, code: str) -> None:
     assert (result.code, server.total) == (1, 1)
     assert bad_row(result)["error"]["type"] == kind
     assert REASON in bad_row(result)["error"]["message"]
+
+
+def test_rate_limit_inside_a_200(server: Server, run: Runner) -> None:
+    """It is a wait and no try, as a 429 is."""
+    failed = {"object": "response", "status": "failed", "output": []}
+    fault = {"code": "rate_limit_exceeded", "message": REASON}
+    can(server, 200, failed | {"error": fault})
+    result = run(["Bad. [canned=case,canned=case,ok]"], "--max-attempts", "1")
+    assert (result.code, server.total) == (0, 3)
 
 
 ODD: list[Any] = [b"null", b"[]", b"3", b'"x"', b"{}", b"\xff", b"[" * 100_000]
@@ -516,6 +529,9 @@ CASES = {
     ),
     "output tokens": Case(
         "stop", "row", 400, error(param="max_output_tokens"), "max_output_tokens"
+    ),
+    "cache": Case(
+        "stop", "row", 400, error(param="prompt_cache_key"), "prompt_cache_key"
     ),
     "effort": Case(
         "stop", "row", 422, error(param="reasoning.effort"), "reasoning.effort"

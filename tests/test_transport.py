@@ -345,6 +345,20 @@ def test_soft_limit_of_open_files_is_raised(server: Server, tmp_path: Path) -> N
 
 
 @posix
+def test_soft_limit_of_open_files_is_not_lowered(server: Server, run: Runner) -> None:
+    """A notebook's kernel keeps what it may open."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        high = (before[1], before[1])
+        resource.setrlimit(resource.RLIMIT_NOFILE, high)
+        assert run([GOOD]).code == 0
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == high
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@posix
 def test_nobody_reads_the_chatter(server: Server, tmp_path: Path) -> None:
     """With standard error closed the run goes on, and ends well."""
     (tmp_path / "in.txt").write_text("one\ntwo\n", encoding="utf-8")
