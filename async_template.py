@@ -35,7 +35,6 @@ import random
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -1500,8 +1499,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr = open(os.devnull, "w")
     options = parse_args(argv)
     words = [word for word in argv or sys.argv[1:] if word != "--restart"]
-    join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
-    options.command = join(["python", sys.argv[0], *words])
+    options.command = shlex.join(["python", sys.argv[0], *words])
     options.no_bar = None  # tqdm shows it in a terminal only
     options.signals = [signal.SIGINT, signal.SIGTERM]
     if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
