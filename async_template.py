@@ -87,7 +87,7 @@ class Sentiment(BaseModel):
 EXAMPLE: BaseModel = Sentiment(score=0.9, explanation="An example: no model was asked.")
 
 # USD per million (input, output) tokens of MODEL, for the cost shown and --max-cost.
-# Change it together with MODEL; None costs nothing. https://openai.com/api/pricing
+# Change them together with MODEL; None if it is free. https://openai.com/api/pricing
 PRICES: tuple[float, float] | None = (0.10, 0.50)
 
 CONCURRENCY = 100  # most requests in flight; the pace is found, you need not set it
@@ -326,7 +326,8 @@ def find(names: str, body: Any) -> list[str]:
 
 def read_failure(status: int, body: Any) -> Reply:
     """The reply for an error, with the server's reason and what to do about it."""
-    words = [word for word in find("code|type|param", body) if not word.isdecimal()]
+    words = find("code|type|param", body)
+    words = [word for word in words if not word.isdecimal()]  # they are no statuses
     words.append(str(status))
     for error, pattern in ERRORS.items():  # noqa: B007
         if any(re.fullmatch(pattern, word) for word in words):
@@ -447,7 +448,8 @@ async def call(client: Client, question: Question, most: float, message: Row) ->
 
 
 # --- 3. Many at a time ----------------------------------------------------------------
-# A request starts as soon as it has three things:
+# The server may refuse a request for now (429), or reject it for good (400). A request
+# starts as soon as it has three things:
 # 1. A slot. There are `--concurrency` of them. Only 8 are used before the first answer,
 #    so that a wrong key costs little, and 1 while the server seems down.
 # 2. No pause. After a refusal, or five failures in a row, all requests wait for as long
@@ -477,7 +479,7 @@ class TokenBucket:
     left: float = math.inf  # at the time `at`
     at: float = field(default_factory=time.monotonic)
     taken: float = 0.0  # in all
-    first_taken: float = math.inf  # when the first was taken
+    first_taken: float = math.inf  # when the first was taken; for the pace
 
     def take(self, amount: float) -> None:
         """Takes so much, even if less is left: then the next one waits for longer."""
@@ -645,7 +647,7 @@ class Throttle:
             rate = self.pace.rate
             if refused or reply.error == "timeout":  # an outage says nothing of it
                 rate = self.slower_pace(now)
-            # The new bucket is empty until the pause ends.
+            # The new bucket is empty, and fills up from the end of the pause on.
             self.pace = TokenBucket(0.05, rate, left=0.0, at=now + seconds)
         # Other runs may be waiting, too: not all should go on at the same moment.
         seconds *= random.uniform(1.0, 1.2)
@@ -1343,9 +1345,9 @@ class Progress:
             yield f"to resume: {self.throttle.options.command}"
 
 
-# What Ctrl-C does, and so do SIGTERM and SIGHUP. Before and after `fill` it ends `main`
-# at once. During `fill` the first one calls `throttle.stop`, as a full disk does: each
-# worker ends after its request. The second one cancels `fill` and the workers.
+# What Ctrl-C does, and so do SIGTERM and SIGHUP. During `fill` the first one calls
+# `throttle.stop`, as a full disk does: each worker ends after its request. The second
+# one cancels `fill` and the workers. At other times it ends `main`.
 @contextlib.contextmanager
 def soft_interrupts(throttle: Throttle) -> Iterator[None]:
     """Meanwhile a first Ctrl-C lets nothing more start, and a second one cancels."""
@@ -1396,16 +1398,17 @@ async def fill(
     async def request(message: Row) -> Reply:
         return await call(client, question, options.timeout, message)
 
-    def missing() -> Iterator[Row]:
-        return journal.missing(itertools.islice(read(), options.limit))
+    throttle = Throttle(options, request, any(map(journal.has_answer, keys)))
+    progress = Progress(journal, throttle, keys)
 
     def keep(message: Row, reply: Reply) -> None:
         row = question.row(message, reply)
         journal.add(row)
         progress.add(row, reply.usd)
 
-    throttle = Throttle(options, request, any(map(journal.has_answer, keys)))
-    progress = Progress(journal, throttle, keys)
+    def missing() -> Iterator[Row]:
+        return journal.missing(itertools.islice(read(), options.limit))
+
     batches = None
     if options.batch and not options.offline:
         batches = Batches(client, journal, missing, keep, throttle)
