@@ -213,7 +213,8 @@ class Question:
             if name not in columns and name.isidentifier():
                 line = f"line {message['line']} has only: {', '.join(columns)}"
                 raise StopRun(f"PROMPT names {match[0]}, but {line}")
-            return str(columns.get(name, match[0]))  # braces of another kind stay
+            value = columns.get(name, match[0])  # braces of another kind stay
+            return "" if value is None else str(value)
 
         return re.sub(r"\{([^{}]+)\}", fill, self.prompt)
 
@@ -641,7 +642,8 @@ class Throttle:
         #   A A A A (one is refused: pause, slower pace) B B B B (the same again) C C
         # If another A is refused later, it met the same jam as the first. It may make
         # the pause longer, but does not cut the pace again.
-        if reply.sent_at >= self.pace.first_taken:
+        sent_at_this_pace = reply.sent_at >= self.pace.first_taken
+        if sent_at_this_pace:
             silence = now - self.last_heard
             seconds = max(seconds, 0.05 + min(10.0, silence / 5))
             rate = self.pace.rate
@@ -661,7 +663,7 @@ class Throttle:
             return rate  # a server that refuses everything is not slow, but down
         found = sent / max(0.001, now - self.pace.first_taken)
         if rate == math.inf:
-            return found / 2  # the server's own bucket was full at the start
+            return found / 2  # the server let a burst through at the start
         return max(0.8 * rate, min(0.95 * rate, 0.85 * found))
 
     def judge(self, reply: Reply) -> None:
@@ -919,11 +921,17 @@ class Journal:
         # What an earlier pass has handed out in vain is missing again.
         for key in [key for key, start in self.starts.items() if start is None]:
             del self.starts[key]
+        again = []  # errors of earlier runs, which may be in the way of the others
         for message in messages:
             key = self.question.key(message)
-            if key not in self.starts:
-                self.starts[key] = None
+            if key in self.starts:
+                continue
+            self.starts[key] = None
+            if key in self.old_errors:
+                again.append(message)
+            else:
                 yield message
+        yield from again
 
     def add(self, row: Row) -> None:
         """Appends a row in one write. A kill costs no row, only what was in flight.

@@ -406,6 +406,15 @@ def test_error_row_stays_until_it_is_asked_again(server: Server, run: Runner) ->
     assert "1 of 1 answered" in after.err
 
 
+def test_old_errors_do_not_hold_up_new_messages(server: Server, run: Runner) -> None:
+    """Fifty rejected in a row end the run, so those of earlier runs go last."""
+    rejected = [f"m{n} [403]" for n in range(60)]
+    assert run(["good", *rejected], "--concurrency", "1").code == 2
+    result = run(["good", *rejected, "new"], "--concurrency", "1")
+    answered = [row["text_message"] for row in result.rows if row["response"]]
+    assert (result.code, answered) == (1, ["good", "new"])
+
+
 def test_error_row_never_becomes_two(server: Server, run: Runner) -> None:
     """What fails again and again keeps one row."""
     for _ in range(3):
