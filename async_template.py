@@ -115,12 +115,11 @@ NEUTRAL = "service_tier|store|metadata|user|max_output_tokens|prompt_cache_.*|sa
 # https://platform.openai.com/docs/guides/error-codes
 ERRORS = {
     "content_filter": "content_filter|content_policy.*|ContentFiltered|Responsible.*",
-    "bad_request": "invalid_prompt|context_length_exceeded|string_above_max_length"
-    r"|(input|messages|prompt)([.[].*)?|input_tokens",  # the `param` is the message
+    "bad_request": "invalid_prompt|context_length_exceeded|string_above_max_length",
     "invalid_answer": "json_validate_failed",  # it does not fit the schema
     "no_room": "resource_unavailable",  # flex has no capacity for this one request
     "fatal": "401|402|407|insufficient_quota|billing_hard_limit_reached",
-    "rate_limit": "429|503|529|rate_limit_exceeded",  # fewer requests, please
+    "rate_limit": "429|503|529",  # the server wants fewer requests
     "server_error": "408|409|425|498|499|5..",
     "unclear": "400|413|422",  # rejected, and the server does not say why
     "settings": ".*",  # such as 403 and 404: nobody can be answered, or just not this
@@ -214,7 +213,9 @@ class Question:
                 line = f"line {message['line']} has only: {', '.join(columns)}"
                 raise StopRun(f"PROMPT names {match[0]}, but {line}")
             value = columns.get(name, match[0])  # braces of another kind stay
-            return "" if value is None else str(value)
+            if isinstance(value, str):
+                return value
+            return json.dumps(value, ensure_ascii=False)
 
         return re.sub(r"\{([^{}]+)\}", fill, self.prompt)
 
@@ -229,29 +230,38 @@ class Question:
 
     def read(self, body: Any, in_batch: bool = False) -> Reply:
         """The reply in the body of a 200."""
-        try:
+        found: Reply | str = Reply(
+            "bad_response", f"not from the Responses API: {body}"
+        )
+        body = body if isinstance(body, dict) else {}
+        with contextlib.suppress(LookupError, TypeError, AttributeError):
             found = unpack(body)
-            used = body.get("usage") or {}
-            usage = {n: used[n] for n in TOKENS if isinstance(used.get(n), int)}
-        except (LookupError, TypeError, AttributeError):
-            return Reply("bad_response", f"not from the Responses API: {body}")
         reply = self.check(found) if isinstance(found, str) else found
-        reply.usage = usage or None
         if body.get("model"):
             reply.model = clean(str(body["model"]))
-        for name, price in zip(TOKENS, self.prices or ()):
-            reply.usd += usage.get(name, 0) * price / 1e6
+        used = body.get("usage")
+        if isinstance(used, dict) and all(is_count(used.get(name)) for name in TOKENS):
+            reply.usage = {name: used[name] for name in TOKENS}
+            prices = zip(TOKENS, self.prices or (0.0, 0.0))
+            reply.usd = sum(used[name] * price for name, price in prices) / 1e6
         if in_batch or body.get("service_tier") == "flex":
             reply.usd /= 2
-        if in_batch:
-            reply.answered_at = body.get("created_at", reply.answered_at)
+        if in_batch and is_count(body.get("created_at")):
+            reply.answered_at = body["created_at"]
         return reply
+
+    def most_usd(self) -> float:
+        """The price of the longest answer if max_output_tokens bounds it, else 0."""
+        longest = self.extra.get("max_output_tokens", 0)
+        return float(longest * (self.prices or (0.0, 0.0))[1] / 1e6)
 
     def check(self, text: str) -> Reply:
         """The answer in a text, or what is wrong with it."""
-        # Some servers put it behind <think>...</think>, or between ``` fences.
-        text = text.rpartition("</think>")[2]
-        if not text.startswith("["):
+        try:
+            json.loads(text)
+        except (ValueError, RecursionError):
+            # Some servers put it behind <think>...</think>, or between ``` fences.
+            text = text.rpartition("</think>")[2]
             text = text[text.find("{") : text.rfind("}") + 1] or text
         try:
             parsed = self.schema.model_validate_json(text, strict=True)
@@ -282,6 +292,8 @@ def unpack(body: Row) -> Reply | str:
     much: https://platform.openai.com/docs/api-reference/responses/object"""
     if body.get("error"):
         code = body["error"].get("code")
+        if code == "rate_limit_exceeded":
+            code = 429
         return read_failure(code if code in range(400, 600) else 500, body)
     if body.get("status") == "incomplete":
         reason = (body.get("incomplete_details") or {}).get("reason")
@@ -296,6 +308,11 @@ def unpack(body: Row) -> Reply | str:
     if refusal:
         return Reply("refusal", "".join(refusal))
     return "".join(part["text"] for part in parts if part["type"] == "output_text")
+
+
+def is_count(value: Any) -> bool:
+    """Whether a server's number can be one of tokens, or of seconds since 1970."""
+    return isinstance(value, int) and 0 <= value < 1e11
 
 
 def to_line(row: Row) -> bytes:
@@ -327,7 +344,7 @@ def find(names: str, body: Any) -> list[str]:
 
 def read_failure(status: int, body: Any) -> Reply:
     """The reply for an error, with the server's reason and what to do about it."""
-    words = find("code|type|param", body)
+    words = find("code|type", body)
     words = [word for word in words if not word.isdecimal()]  # they are no statuses
     words.append(str(status))
     for error, pattern in ERRORS.items():  # noqa: B007
@@ -339,10 +356,12 @@ def read_failure(status: int, body: Any) -> Reply:
     message = f"status {status}: {reasons[0]}"
     if error in ADVICE:
         message = f"{ADVICE.get(status, ADVICE[error])}; {message}"
-    setting = find("param", body)
-    if error == "unclear" and setting:
-        error = "settings"
-        message = f"the setting {setting[0]!r} is not accepted; {message}"
+    setting = "".join(find("param", body)[:1])
+    if setting and error == "unclear":
+        about_message = re.match(r"(input|messages|prompt)\b|input_tokens", setting)
+        error = "bad_request" if about_message else "settings"
+    if setting and error == "settings":
+        message = f"the setting {setting!r} is not accepted; {message}"
     return Reply(error, message)
 
 
@@ -382,7 +401,7 @@ def connect(offline: bool, concurrency: int) -> Client:
         raise StopRun("OPENAI_API_KEY holds no key: set it, or try --offline")
     url = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
     parts = re.fullmatch(ADDRESS, url)
-    if not parts or not parts[1]:
+    if not parts or not parts[1] or "@" in url:
         raise StopRun(f"OPENAI_BASE_URL is {url!r}: it has to be like http://host/v1")
     proxies = urllib.request.getproxies()
     proxy = proxies.get(parts[1].lower()) or proxies.get("all", url)
@@ -392,6 +411,8 @@ def connect(offline: bool, concurrency: int) -> Client:
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 < hard < concurrency + 50:
+            raise StopRun(f"--concurrency needs more open files than ulimit -n {hard}")
         most = max(soft, min(hard, 10_240))
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     http = openai.DefaultAioHttpClient(  # takes 40 % less CPU than the default
@@ -516,6 +537,7 @@ class Throttle:
         self.paused_until = 0.0
         self.tokens_per_character = 0.3  # a moving average
         self.usd_per_character = 0.0  # of the dearest request
+        self.usd_least = 0.0  # to set aside for a request
         self.usd_left = options.max_cost or math.inf
         self.in_flight = 0
         self.answers = 0
@@ -537,7 +559,7 @@ class Throttle:
 
     def may_cost(self, size: int) -> float:
         """What a request may cost in USD: texts differ in their tokens a character."""
-        return 1.5 * size * self.usd_per_character
+        return max(self.usd_least, 1.5 * size * self.usd_per_character)
 
     def seconds_to_wait(self, size: int) -> float:
         """Seconds until the next request may start; infinity: not before one lands."""
@@ -823,7 +845,7 @@ def to_message(line: int, record: Any, name: str) -> Row:
         raise ValueError(f"the message is no text, but {json.dumps(text)[:50]}")
     text = text.lstrip("\ufeff").removesuffix("\n")
     message = {"line": line, "text_message": text}
-    if fields:
+    if isinstance(record, dict):
         message["fields"] = fields
     to_line(message)  # raises ValueError for what JSON cannot hold
     return message
@@ -847,6 +869,7 @@ class Journal:
 
     def __init__(self, path: Path, question: Question, restart: bool) -> None:
         self.path = path.resolve()
+        self.temporary = self.path.with_name(f".{self.path.name}.tmp")
         self.question = question
         # A text, by its `Question.key`, is in one of these states:
         #                     in `starts`               in `failed`
@@ -873,6 +896,8 @@ class Journal:
             names = (Path(f"{self.path}.bak{n or ''}") for n in itertools.count())
             self.path.rename(next(name for name in names if not name.exists()))
             return self.open(restart=False)
+        self.temporary.touch()  # can the rows be put in order in the end?
+        self.temporary.unlink()
         return file
 
     def load(self) -> None:
@@ -937,6 +962,7 @@ class Journal:
         """Appends a row in one write. A kill costs no row, only what was in flight.
         Raises OSError if the disk is full; no part of the row is left then."""
         line = to_line(row)
+        self.end = max(self.end, self.file.seek(0, os.SEEK_END))
         if self.file.write(line) < len(line):
             self.file.truncate(self.end)
             raise OSError(28, "No space left on device", str(self.path))
@@ -987,19 +1013,18 @@ class Journal:
 
     def close(self, messages: Iterable[Row]) -> None:
         """Puts the rows in INPUT's order, by one atomic replace."""
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
             self.sync()  # no other file than ours is to be replaced
-            with open(temporary, "wb") as ordered:
+            with open(self.temporary, "wb") as ordered:
                 ordered.writelines(self.in_order(messages))
                 ordered.flush()
                 os.fsync(ordered.fileno())
-            temporary.chmod(self.path.stat().st_mode)
+            self.temporary.chmod(self.path.stat().st_mode)
             if sys.platform == "win32":
                 self.file.close()  # Windows replaces no open file
-            temporary.replace(self.path)
+            self.temporary.replace(self.path)
         finally:
-            temporary.unlink(missing_ok=True)
+            self.temporary.unlink(missing_ok=True)
 
 
 # --- 5. Half the price ----------------------------------------------------------------
@@ -1071,7 +1096,8 @@ class Batches:
         """Collects the batches that have ended. Returns whether others still run."""
         running: list[str] = []
         async for batch in self.client.batches.list(limit=100):
-            if batch.metadata != self.label or batch.id in self.collected:
+            ours = (batch.metadata or {}).items() >= self.label.items()
+            if not ours or batch.id in self.collected:
                 continue
             if batch.status not in RUNNING:
                 await self.collect(batch)
@@ -1084,7 +1110,8 @@ class Batches:
                 running[-1] += f", {counts.completed:,} of {counts.total:,} ready"
         self.looks += 1
         self.state = f"{len(running)} batches: {'; '.join(running)}"
-        return bool(running)
+        # The list may not show a new batch yet.
+        return bool(running or self.created.keys() - self.collected)
 
     async def collect(self, batch: Batch) -> None:
         """Writes the rows of a batch that has ended, then deletes its files."""
@@ -1375,7 +1402,12 @@ def soft_interrupts(throttle: Throttle) -> Iterator[None]:
         yield
     finally:
         for number in throttle.options.signals:
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, interrupt_now)
+
+
+def interrupt_now(*_: object) -> None:
+    """Handles a signal at once, where asyncio would wait for the next `await`."""
+    raise KeyboardInterrupt
 
 
 async def run(read: Reader, question: Question, options: Options) -> int:
@@ -1407,6 +1439,7 @@ async def fill(
         return await call(client, question, options.timeout, message)
 
     throttle = Throttle(options, request, any(map(journal.has_answer, keys)))
+    throttle.usd_least = question.most_usd()
     progress = Progress(journal, throttle, keys)
 
     def keep(message: Row, reply: Reply) -> None:
@@ -1489,7 +1522,7 @@ async def answer_all(
         try:
             await run(lambda: iter(asked), question, options)
         except StopRun as stop:
-            with contextlib.suppress(OSError, ValueError, LookupError):
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
                 stop.rows = read_rows(options.output, question, asked)
             raise
         return read_rows(options.output, question, asked)
@@ -1516,7 +1549,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         options.signals.append(signal.SIGHUP)  # the terminal closes, without nohup
     for number in options.signals:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, interrupt_now)
     try:
         with tempfile.TemporaryDirectory() as folder:
             read = open_input(options, Path(folder))

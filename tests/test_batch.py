@@ -421,13 +421,13 @@ def test_reply_to_a_call_is_lost(server: Provider, run: Runner, call: str) -> No
     assert len(server.left) == (call == "upload")
 
 
-@pytest.mark.parametrize("lost", [set(), {"create"}])
+@pytest.mark.parametrize("lost, looks", [(set(), 1), (set(), 4), ({"create"}, 1)])
 def test_list_shows_a_new_batch_late(
-    server: Provider, run: Runner, lost: set[str]
+    server: Provider, run: Runner, lost: set[str], looks: int
 ) -> None:
     """It was created, and is not created again, even if the reply was lost."""
     server.batch.lose = lost
-    server.batch.hide = 1
+    server.batch.hide = looks
     check_whole(run(TEN, "--batch"), server)
     assert server.sizes == [9]
 

@@ -832,6 +832,13 @@ def empty(out: Path) -> None:
     out.write_bytes(b"")
 
 
+def test_output_that_leaves_no_room_for_a_copy(server: Server, source: Path) -> None:
+    """Where its name is too long for another one beside it, nothing is paid in vain."""
+    out = source.parent / ("x" * 249 + ".jsonl")
+    code = async_template.main([str(source), str(out)])
+    assert (code, server.total) in [(2, 0), (0, 10)]
+
+
 @posix
 @pytest.mark.parametrize(
     ("accident", "before"),

@@ -153,6 +153,16 @@ def test_another_model_has_no_known_cost(server: Server, run: Runner) -> None:
     assert re.search("(?i)cost|price", result.err)
 
 
+def test_longest_answer_is_in_max_cost(
+    server: Server, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `max_output_tokens` not even answers of that length would pass the cap."""
+    monkeypatch.setattr(async_template, "EXTRA", {"max_output_tokens": 5000})
+    server.latency = 0.02
+    run(many(30), "--max-cost", "0.003")  # 5,000 tokens cost 0.0025
+    assert server.peak == 1
+
+
 @pytest.mark.parametrize("model", [[], ["--model", "other"]], ids=["none", "other"])
 def test_max_cost_needs_prices(
     server: Server, run: Runner, monkeypatch: pytest.MonkeyPatch, model: list[str]

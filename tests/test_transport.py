@@ -345,6 +345,16 @@ def test_soft_limit_of_open_files_is_raised(server: Server, tmp_path: Path) -> N
 
 
 @posix
+def test_hard_limit_of_open_files_is_said(server: Server, tmp_path: Path) -> None:
+    """More than the system allows is said before anything is sent."""
+    (tmp_path / "in.txt").write_text("one\ntwo\n", encoding="utf-8")
+    options = ("in.txt", "out.jsonl", "--concurrency", "200")
+    code, err = shell(tmp_path, 'ulimit -n 64; exec "$@"', *options)
+    assert (code, server.total) == (2, 0)
+    assert "--concurrency" in err and "Traceback" not in err
+
+
+@posix
 def test_soft_limit_of_open_files_is_not_lowered(server: Server, run: Runner) -> None:
     """A notebook's kernel keeps what it may open."""
     resource = pytest.importorskip("resource")
