@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gc
+import ipaddress
 import json
 import os
 import signal
@@ -15,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -38,9 +43,34 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.timeout = 60
 
 
+def make_certificate(path: Path) -> Path:
+    """Writes a certificate for 127.0.0.1, with its key; returns the path."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    made = x509.CertificateBuilder(
+        name, name, key.public_key(), 1, now - day, now + day
+    )
+    made = made.add_extension(x509.SubjectAlternativeName([address]), critical=False)
+    made = made.add_extension(x509.BasicConstraints(True, None), critical=True)
+    pem = serialization.Encoding.PEM
+    raw, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    public = made.sign(key, hashes.SHA256()).public_bytes(pem)
+    path.write_bytes(public + key.private_bytes(pem, raw, plain))
+    return path
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The one authority that is trusted, since to load all takes 20 ms a run."""
+    return str(make_certificate(tmp_path_factory.mktemp("authority") / "cert.pem"))
+
+
 @pytest.fixture(autouse=True)
-def calm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def calm(monkeypatch: pytest.MonkeyPatch, authority: str) -> Iterator[None]:
     """No settings from outside, short waits, and nothing left behind by `main`."""
+    monkeypatch.setenv("SSL_CERT_FILE", authority)
     for name in list(os.environ):
         if name.startswith("OPENAI_") or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)

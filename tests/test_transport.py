@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
 import http.server
-import ipaddress
 import ssl
 import subprocess
 import sys
@@ -14,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import KEY, ROOT, Run
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from conftest import KEY, ROOT, Run, make_certificate
 from server import Server, sample_answer
 
 Runner = Callable[..., Run]
@@ -182,21 +177,7 @@ def test_failed_connection_names_the_address(
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A certificate for 127.0.0.1, with its key, that only those trust who are told."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
-    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    made = x509.CertificateBuilder(
-        name, name, key.public_key(), 1, now - day, now + day
-    )
-    made = made.add_extension(x509.SubjectAlternativeName([address]), critical=False)
-    made = made.add_extension(x509.BasicConstraints(True, None), critical=True)
-    pem = serialization.Encoding.PEM
-    raw, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    path = tmp_path_factory.mktemp("tls") / "cert.pem"
-    public = made.sign(key, hashes.SHA256()).public_bytes(pem)
-    path.write_bytes(public + key.private_bytes(pem, raw, plain))
-    return path
+    return make_certificate(tmp_path_factory.mktemp("tls") / "cert.pem")
 
 
 @pytest.fixture
