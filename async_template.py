@@ -24,6 +24,7 @@ import argparse
 import asyncio
 import contextlib
 import csv
+import email.utils
 import fileinput
 import gc
 import hashlib
@@ -122,7 +123,7 @@ ERRORS = {
     "rate_limit": "429|503|529",  # the server wants fewer requests
     "server_error": "408|409|425|498|499|5..",
     "unclear": "400|413|422",  # rejected, and the server does not say why
-    "settings": ".*",  # such as 403 and 404: nobody can be answered, or just not this
+    "settings": ".*",  # such as 403 and 404; this may be about all messages or one
 }
 RETRIED = {"timeout", "connection", "server_error", "bad_response", "invalid_answer"}
 TROUBLE = {"timeout", "connection", "server_error", "bad_response", "rate_limit"}
@@ -382,9 +383,21 @@ def read_error(error: BaseException, client: Client) -> Reply:
     body = decode(error.response.content, client.api_key)
     reply = read_failure(error.status_code, body)
     reply.headers = headers
-    # The header may hold seconds, milliseconds or a date.
-    reply.retry_after = max(0.0, client._parse_retry_after_header(headers) or 0.0)
+    reply.retry_after = seconds_asked(headers)
     return reply
+
+
+def seconds_asked(headers: Mapping[str, str]) -> float:
+    """How long the server asks us to wait, in seconds; 0 if it does not say."""
+    asked = headers.get("retry-after", "")
+    seconds = 0.0
+    with contextlib.suppress(ValueError, OverflowError):
+        seconds = email.utils.parsedate_to_datetime(asked).timestamp() - time.time()
+    with contextlib.suppress(ValueError):
+        seconds = float(asked)
+    with contextlib.suppress(ValueError):
+        seconds = float(headers.get("retry-after-ms", "")) / 1000
+    return seconds if 0 < seconds < math.inf else 0.0
 
 
 # Of a server or a proxy: https, host, port, path.
@@ -407,19 +420,15 @@ def connect(offline: bool, concurrency: int) -> Client:
     proxy = proxies.get(parts[1].lower()) or proxies.get("all", url)
     if not re.fullmatch(ADDRESS, proxy) and not urllib.request.proxy_bypass(parts[2]):
         raise StopRun("HTTP(S)_PROXY or ALL_PROXY: SOCKS and the like do not work")
-    if sys.platform != "win32":  # each connection is an open file
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 < hard < concurrency + 50:
-            raise StopRun(f"--concurrency needs more open files than ulimit -n {hard}")
-        most = max(soft, min(hard, 10_240))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    http = openai.DefaultAioHttpClient(  # takes 40 % less CPU than the default
-        limits=type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=concurrency),
-        follow_redirects=False,  # they would carry the messages to another host
-        event_hooks={"response": [bound_body]},
-    )
+    allow_open_files(concurrency + 50)
+    try:
+        http = openai.DefaultAioHttpClient(  # takes 40 % less CPU than the default
+            limits=type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=concurrency),
+            follow_redirects=False,  # they would carry the messages to another host
+            event_hooks={"response": [bound_body]},
+        )
+    except OSError as error:
+        raise StopRun(f"SSL_CERT_FILE has no certificates: {error}") from None
     client = Client(
         api_key=key,
         base_url=url.partition("?")[0],
@@ -432,6 +441,18 @@ def connect(offline: bool, concurrency: int) -> Client:
         names = "OPENAI_API_KEY, OPENAI_ORG_ID or OPENAI_PROJECT_ID"
         raise StopRun(f"{names} holds a line break, a blank or an accent")
     return client
+
+
+def allow_open_files(count: int) -> None:
+    """Raises the limit of open files, as each connection is one. Raises StopRun."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 < hard < count:
+        raise StopRun(f"--concurrency needs {count} open files, ulimit -n is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
 
 
 async def bound_body(reply: Any) -> None:
@@ -817,6 +838,8 @@ def read_table(lines: Iterator[str]) -> Iterator[Any]:
     """The records of a CSV file; "" for the header and for a blank line."""
     csv.field_size_limit(2**31 - 1)
     first = next(lines, "")
+    while re.search(r'(^|[,;\t|])"', first) and first.count('"') % 2:
+        first += next(lines, '"')  # a line break in the name of a column
     unquoted = re.sub('"[^"]*"', "", first)
     mark = max(",;\t|", key=unquoted.count)  # what makes the most columns
     table = csv.reader(itertools.chain([first], lines), delimiter=mark, strict=True)
@@ -941,12 +964,20 @@ class Journal:
         """Whether there is an answer to a text."""
         return self.starts.get(key) is not None and key not in self.failed
 
+    def error_at(self, key: int) -> str:
+        """When the error of an earlier run was met, or "" if there is none."""
+        if key not in self.old_errors:
+            return ""
+        with open(self.path, "rb") as file:
+            file.seek(self.old_errors[key])
+            return str(json.loads(file.readline())["answered_at"])
+
     def missing(self, messages: Iterable[Row]) -> Iterator[Row]:
         """The messages to ask about: each text once, if it has no row."""
         # What an earlier pass has handed out in vain is missing again.
         for key in [key for key, start in self.starts.items() if start is None]:
             del self.starts[key]
-        again = []  # errors of earlier runs, which may be in the way of the others
+        again = []  # errors of earlier runs go last, to hold up no other message
         for message in messages:
             key = self.question.key(message)
             if key in self.starts:
@@ -994,7 +1025,7 @@ class Journal:
                 if start is None:
                     continue  # not asked yet
                 # A number below 0 says that the row is written. A second dictionary
-                # would take 50 starts a message.
+                # would take 50 bytes a message.
                 written = start < 0
                 if written:
                     start += self.end
@@ -1127,9 +1158,13 @@ class Batches:
                     replies[int(line["custom_id"], 16)] = self.read_line(line)
         if not replies:
             return
+        since = time.strftime(DATE, time.gmtime(batch.created_at))
         for message in self.missing():
-            reply = replies.get(self.question.key(message))
-            if reply and reply.error not in UNDONE:
+            key = self.question.key(message)
+            reply = replies.get(key)
+            # An error that an earlier run has collected is to be asked again.
+            known = batch.id not in self.created and self.journal.error_at(key) >= since
+            if reply and not (reply.error in UNDONE or (reply.error and known)):
                 self.throttle.usd_left -= reply.usd
                 self.keep(message, reply)
         self.journal.sync()
@@ -1426,6 +1461,8 @@ async def run(read: Reader, question: Question, options: Options) -> int:
         journal = Journal(Path(options.output), question, options.restart)
         with journal.file:
             journal.load()
+            if journal.starts and not any(key in journal.starts for key in keys):
+                raise StopRun(f"{journal.path} is about other messages: choose another")
             return await fill(journal, client, read_shard, keys, options)
 
 

@@ -738,6 +738,18 @@ def test_rows_that_are_not_on_disk_keep_their_files(
 
 
 @posix
+def test_errors_of_a_batch_that_is_kept_are_asked_again(
+    server: Provider, run: Runner
+) -> None:
+    """A batch of which a line is nobody's keeps its files, and its errors with them."""
+    messages = [*TEN, "Bad. [400:param=input]"]
+    submit(server, run, [*messages, "gone"], "--batch")
+    for count in (1, 2, 3):
+        assert run(messages, "--batch").code == 1
+        assert server.lines["Bad. [400:param=input]"] == count
+
+
+@posix
 def test_error_that_another_run_asked_about_is_collected(
     server: Provider, run: Runner
 ) -> None:

@@ -149,6 +149,7 @@ def test_csv(
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
+        (b'"the\nid";text\n1;a\n2;b\n', [(3, "a"), (4, "b")]),
         (b'"id, as in the codebook";text\n1;a\n', [(2, "a")]),
         (b'"a,b;c|d",text\n1,a\n', [(2, "a")]),
         (b'5" pipe,text\n1,a\n2,b\n', [(2, "a"), (3, "b")]),

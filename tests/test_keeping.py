@@ -571,6 +571,15 @@ def test_file_of_someone_else_is_refused(
     assert "out.jsonl" in refuse()
 
 
+def test_output_for_other_messages_is_refused(
+    run: Runner, refuse: Refuse, source: Path
+) -> None:
+    """An OUTPUT that shares no message with INPUT is a slip of the hand."""
+    run(source)
+    source.write_text("quite\nanother\n", encoding="utf-8")
+    assert "out.jsonl" in refuse()
+
+
 # --- Settings -------------------------------------------------------------------------
 class Longer(BaseModel):
     """The schema of the template, and one field more."""

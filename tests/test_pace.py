@@ -98,6 +98,7 @@ def test_refusal_pauses_all(server: Server, run: Runner, header: str) -> None:
         "retry-after=nan",
         "retry-after=soon",
         "retry-after=",
+        "retry-after-ms=1e999",
         "retry-after-ms=x:retry-after=0",
         "retry-after=Mon, 01 Jan 2001 00:00:00 GMT",
     ],

@@ -219,6 +219,24 @@ def test_unknown_certificate(
     assert "SSL_CERT_FILE" in result.err
 
 
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_useless_cert_file(
+    server: Server,
+    run: Runner,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: str | None,
+) -> None:
+    """An SSL_CERT_FILE that holds no certificate is named in a line."""
+    path = tmp_path / "my.pem"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
+    result = run([GOOD])
+    assert (result.code, server.total) == (2, 0)
+    assert line_about(result, "SSL_CERT_FILE")
+
+
 # --- Proxies --------------------------------------------------------------------------
 
 
