@@ -231,13 +231,14 @@ class Question:
 
     def read(self, body: Any, in_batch: bool = False) -> Reply:
         """The reply in the body of a 200."""
-        found: Reply | str = Reply(
-            "bad_response", f"not from the Responses API: {body}"
-        )
-        body = body if isinstance(body, dict) else {}
-        with contextlib.suppress(LookupError, TypeError, AttributeError):
+        found: Reply | str
+        try:
             found = unpack(body)
+        except (LookupError, TypeError, AttributeError):
+            found = Reply("bad_response", f"not from the Responses API: {body}")
         reply = self.check(found) if isinstance(found, str) else found
+        if not isinstance(body, dict):
+            return reply
         if body.get("model"):
             reply.model = clean(str(body["model"]))
         used = body.get("usage")
