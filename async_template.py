@@ -254,7 +254,7 @@ class Question:
 
     def most_usd(self) -> float:
         """The price of the longest answer if max_output_tokens bounds it, else 0."""
-        longest = self.extra.get("max_output_tokens", 0)
+        longest = self.extra.get("max_output_tokens") or 0
         return float(longest * (self.prices or (0.0, 0.0))[1] / 1e6)
 
     def check(self, text: str) -> Reply:
@@ -1041,7 +1041,7 @@ class Journal:
             for start in self.starts.values():
                 if start is not None and start >= 0:
                     file.seek(start)
-                    yield file.readline()
+                    yield to_line(json.loads(file.readline()))
 
     def close(self, messages: Iterable[Row]) -> None:
         """Puts the rows in INPUT's order, by one atomic replace."""

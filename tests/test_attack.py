@@ -180,3 +180,19 @@ def test_every_record_has_fields(server: Server, run: Runner, tmp_path: Path) ->
     source = tmp_path / "in.jsonl"
     source.write_text('{"text": "a", "id": 1}\n{"text": "b"}\n', encoding="utf-8")
     assert [row["fields"] for row in run(source).rows] == [{"id": 1}, {}]
+
+
+def test_mark_at_the_head_of_output(server: Server, run: Runner) -> None:
+    """An editor puts it there; the first row may move behind the others."""
+    out = run(["a", "b"]).out_path
+    out.write_bytes(b"\xef\xbb\xbf" + out.read_bytes().replace(b"\n", b"\r\n"))
+    assert [row["text_message"] for row in run(["b", "c"]).rows] == ["b", "c", "a"]
+    assert b"\xef" not in out.read_bytes() and b"\r" not in out.read_bytes()
+
+
+def test_no_bound_of_output_tokens(
+    server: Server, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None is what the API takes for it."""
+    monkeypatch.setattr(async_template, "EXTRA", {"max_output_tokens": None})
+    assert run(["a"]).code == 0
