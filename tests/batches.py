@@ -28,9 +28,13 @@ class BatchControls:
     zero_once: bool = False  # ... in the first batch only
     lose: set[str] = field(default_factory=set)  # calls whose next reply is lost
     page: int = 100  # most records in a page of a list
+    stuck: bool = False  # a list without end: each page is the first
     hide: int = 0  # how many lists don't show a new batch yet
     fail: str | None = None  # the error code with which the next batch fails
     cancel_next: bool = False  # the next batch ends as cancelled, half done
+    busy: str = "in_progress"  # the status while it runs
+    omit: set[str] = field(default_factory=set)  # keys that no batch shows
+    pending: bool = False  # an upload is not processed before it is looked at
     missing_status: int | None = None  # the reply to every call, without a Batch API
 
 
@@ -54,7 +58,7 @@ class Batch(dict[str, Any]):
         """Takes a status, and tells how many lines are done."""
         counts = {"total": len(self.lines), "completed": completed, "failed": failed}
         self.update({"status": status, "request_counts": counts})
-        self[f"{status}_at"] = int(time.time())
+        self.setdefault(f"{status}_at", int(time.time()))
 
     def has_ended(self) -> bool:
         """Whether nothing more will happen."""
@@ -101,9 +105,8 @@ class BatchApi:
         match http.method, *http.path.split("/")[2:]:
             case "POST", "files":
                 return "upload", await self._upload(http)
-            case "GET", "files":
-                return "list_files", self._page([*files.values()], http.query)
             case "GET", "files", file_id:
+                files[file_id]["status"] = "processed"
                 return "retrieve_file", files[file_id]
             case "GET", "files", file_id, "content":
                 return "content", files[file_id].content
@@ -112,13 +115,14 @@ class BatchApi:
                 return "delete", {"id": file_id, "object": "file", "deleted": True}
             case "POST", "batches":
                 asked = json.loads(await http.content.read())
-                return "create", self._create(asked, files[asked["input_file_id"]])
+                file = files[asked["input_file_id"]]
+                if file["status"] != "processed":
+                    raise web.HTTPBadRequest(text="The file is not processed yet.")
+                return "create", self._show(self._create(asked, file))
             case "GET", "batches":
                 return "list", self._page(self._shown(), http.query)
             case "GET", "batches", batch_id:
-                return "retrieve", self._look(batches[batch_id])
-            case "POST", "batches", batch_id, "cancel":
-                return "cancel", self._cancel(batches[batch_id])
+                return "retrieve", self._show(self._look(batches[batch_id]))
         raise KeyError(http.path)
 
     async def _upload(self, http: web.BaseRequest) -> File:
@@ -136,7 +140,8 @@ class BatchApi:
 
     def _store(self, content: bytes, filename: str, purpose: str) -> File:
         """A new file."""
-        file = File(id=f"file-{len(self.files) + 1}", object="file", status="processed")
+        file = File(id=f"file-{len(self.files) + 1}", object="file")
+        file["status"] = "pending" if self.batch.pending else "processed"
         file.update(filename=filename, purpose=purpose)
         file.update(bytes=len(content), created_at=int(time.time()))
         file.content = content
@@ -147,21 +152,27 @@ class BatchApi:
         """The page of a list that a query asks for."""
         size = min(int(query.get("limit", 20)), self.batch.page)
         ids = [record["id"] for record in records]
-        start = ids.index(query["after"]) + 1 if "after" in query else 0
+        is_first = "after" not in query or self.batch.stuck
+        start = 0 if is_first else ids.index(query["after"]) + 1
         page = records[start : start + size]
         return {
             "object": "list",
             "data": page,
             "first_id": page[0]["id"] if page else None,
             "last_id": page[-1]["id"] if page else None,
-            "has_more": start + size < len(records),
+            "has_more": self.batch.stuck or start + size < len(records),
         }
 
-    def _shown(self) -> list[Batch]:
+    def _show(self, batch: Batch) -> Json:
+        """The batch as a reply has it."""
+        return {key: batch[key] for key in batch if key not in self.batch.omit}
+
+    def _shown(self) -> list[Json]:
         """The batches that a list shows, the newest first."""
         for batch in self.batches:
             batch.hidden -= 1
-        return [self._look(one) for one in reversed(self.batches) if one.hidden < 0]
+        shown = [batch for batch in reversed(self.batches) if batch.hidden < 0]
+        return [self._show(self._look(batch)) for batch in shown]
 
     def _create(self, asked: Json, file: File) -> Batch:
         """A new batch; what is wrong with it shows at the next look."""
@@ -186,13 +197,6 @@ class BatchApi:
         self.batches.append(batch)
         return batch
 
-    def _cancel(self, batch: Batch) -> Batch:
-        """Cancels a batch that hasn't ended; the next look ends it."""
-        if not self._look(batch).has_ended():
-            batch.is_cancelled = True
-            batch.enter("cancelling")
-        return batch
-
     def _look(self, batch: Batch) -> Batch:
         """The batch, moved on to what it is by now."""
         share = (time.monotonic() - batch.begun) / max(self.batch.seconds, 1e-9)
@@ -202,8 +206,8 @@ class BatchApi:
             faults = [{"code": code, "message": code} for code in batch.faults]
             batch["errors"] = {"object": "list", "data": faults}
             batch.enter("failed")
-        elif share < 1 and batch["status"] != "cancelling":
-            batch.enter("in_progress", int(share * len(batch.lines)))
+        elif share < 1:
+            batch.enter(self.batch.busy, int(share * len(batch.lines)))
         elif batch.is_cancelled:
             self._end(batch, "cancelled", 0.5)
         elif self.batch.expire_after is not None:

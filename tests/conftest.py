@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import gc
 import ipaddress
 import json
 import os
@@ -75,16 +74,16 @@ def calm(monkeypatch: pytest.MonkeyPatch, authority: str) -> Iterator[None]:
         if name.startswith("OPENAI_") or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.setattr(async_template, "BACKOFF", 0.01)
+    # A test run in the background ignores it, and so would what the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     numbers = [
-        getattr(signal, n)
-        for n in ("SIGINT", "SIGTERM", "SIGHUP")
-        if hasattr(signal, n)
+        signal.SIGINT,
+        signal.SIGTERM,
+        *[getattr(signal, "SIGHUP", signal.SIGTERM)],
     ]
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = [signal.getsignal(number) for number in numbers]
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    gc.unfreeze()
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ class Request:
 
 
 class Reply(NamedTuple):
-    """What is sent back, and how: "whole", or one of MANNERS."""
+    """What is sent back, and how: "whole", "raw", or one of MANNERS."""
 
     status: int
     body: Any  # bytes, or what becomes JSON
@@ -195,7 +195,7 @@ BROKEN = {
     "garbage": b"%% this is no HTTP %%\r\n\r\n",
     "half": b'HTTP/1.1 200 OK\r\ncontent-length: 999\r\n\r\n{"id": "resp_1", ',
 }
-MANNERS = {*BROKEN, "hang", "trickle", "huge", "hugelength"}
+MANNERS = {*BROKEN, "hang", "trickle"}
 NAMES = {*shapes(""), *RAW, *MANNERS, "nomodel", "sse", "echo_key"}
 ITEM = rf"(?:[2-5]\d\d|canned=\w+|{'|'.join(NAMES)})(?=[:,\]]|$)"
 DIRECTIVE = re.compile(rf"\[({ITEM}[^\[\]\r\n]*)\]")

@@ -71,7 +71,6 @@ __all__ = [
 ]
 
 Latency = float | Callable[[random.Random], float]  # seconds
-MB = 1_000_000  # bytes
 JSON_TYPE = {"content-type": "application/json"}
 
 
@@ -88,6 +87,7 @@ class Server(BatchApi):
     hold: int = 0  # replies are held back until so many requests are in flight
     ssl_context: ssl.SSLContext | None = None
     headers: Mapping[str, str] | None = None  # of every live reply
+    # Status, headers and body; with status 0 the body is all that is sent.
     canned: dict[str, tuple[int, dict[str, str], bytes]] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
@@ -95,7 +95,6 @@ class Server(BatchApi):
     in_flight: int = 0
     peak: int = 0
     connections: int = 0
-    huge_bytes: int = 0  # sent in replies that come in pieces
     port: int = 0
     paid: Counter[str] = field(default_factory=Counter)  # inputs answered with 200
     batched: Counter[str] = field(default_factory=Counter)  # those of them in batches
@@ -309,7 +308,7 @@ class Server(BatchApi):
             return error_reply(int(name), **options)
         if name.startswith("canned="):
             status, headers, content = self.canned[name.removeprefix("canned=")]
-            return Reply(status, content, headers)
+            return Reply(status, content, headers, "whole" if status else "raw")
         if name in RAW:
             return RAW[name]
         if name not in NAMES:
@@ -342,23 +341,17 @@ class Server(BatchApi):
         if reply.manner == "whole":
             self._leave(request, reply.status)
             return whole(reply)
-        if reply.manner in BROKEN:
+        if reply.manner != "trickle":
             self._leave(request, 0)
-            return hang_up(http, BROKEN[reply.manner])
+            return hang_up(http, BROKEN.get(reply.manner, reply.content()))
         content = reply.content()
         pieces = [content[at : at + 8] for at in range(0, len(content), 8)]
-        pause = 0.05  # seconds after each piece
-        if reply.manner != "trickle":
-            pieces = [b" " * MB] * 100 + [b""]
-            pause = 0.0
         stream = web.StreamResponse(headers={**JSON_TYPE, **reply.headers})
-        if reply.manner != "huge":
-            stream.content_length = sum(map(len, pieces))
+        stream.content_length = len(content)
         await stream.prepare(http)
         for piece in pieces[:-1]:
             await stream.write(piece)
-            self.huge_bytes += len(piece)
-            await asyncio.sleep(pause)
+            await asyncio.sleep(0.05)
         self._leave(request, 200)
         await stream.write_eof(pieces[-1])
         return stream
