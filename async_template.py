@@ -84,7 +84,7 @@ TIMEOUT = 30.0  # seconds for one attempt; more for a slow local model, 900 for 
 MAX_ATTEMPTS = 5  # tries for one message; waiting for a rate limit is not a try
 
 # --- 2. One message, one call ---------------------------------------------------------
-Row = dict[str, Any]  # a message (line, text_message, fields), later with its answer
+Row = dict[str, Any]  # a JSON object; mostly a message, later with its answer
 Options = argparse.Namespace  # the flags, and the settings of part 1
 Client = openai.AsyncOpenAI
 TOKENS = ("input_tokens", "output_tokens")
@@ -94,10 +94,11 @@ ODD = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, Overflo
 # Settings that do not shape an answer may change between two runs into one OUTPUT.
 NEUTRAL = "service_tier|store|metadata|user|max_output_tokens|prompt_cache_.*|safety_.*"
 
-# What went wrong, and what follows: the first pattern wins that is the whole status, a
-# code or words of the server: https://platform.openai.com/docs/guides/error-codes
+# What went wrong, and what follows. From top to bottom, the first pattern decides that
+# matches all of the status, an error code or the server's words:
+# https://platform.openai.com/docs/guides/error-codes
 #   stop     the run ends: nothing can get past this
-#   wait     all wait, then it is sent again; up to 100 times this is no try
+#   wait     all wait, then it is sent again; after 100 refusals it is a row
 #   later    the same, but only this message waits
 #   trouble  it is tried again; five in a row, and the server seems down: all wait
 #   retry    it is tried again
@@ -127,8 +128,7 @@ def clean(words: str) -> str:
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if len(key) >= 16:  # a shorter one is any word, for a local server
         words = words.replace(key, "[key]")
-    words = "".join(c if c.isprintable() else " " for c in words)
-    return " ".join(words.split())
+    return " ".join("".join(c if c.isprintable() else " " for c in words).split())
 
 
 def say(line: str) -> None:
@@ -205,7 +205,7 @@ class Question:
         try:
             tool = openai.pydantic_function_tool(self.schema)["function"]
         except (TypeError, RuntimeError) as error:
-            raise StopRun(f"EXAMPLE is no answer of your class: {error}") from None
+            raise StopRun(f"EXAMPLE has to be like Mood(score=1): {error}") from None
         form: Row = {"type": "json_schema", "strict": True, "name": tool["name"]}
         form["schema"] = tool["parameters"]
         self.shared: Row = {"model": options.model}
@@ -222,7 +222,7 @@ class Question:
         self.settings = "a" + hashlib.sha256(same.encode()).hexdigest()[:7]
 
     def text(self, message: Row) -> str:
-        """PROMPT with the message filled in. Raises StopRun at an unknown {name}."""
+        """PROMPT filled in (once: a message may hold braces). Raises StopRun."""
         text = message["text_message"]
         columns = message.get("fields", {}) | {"text_message": text, self.field: text}
 
@@ -233,7 +233,6 @@ class Question:
             value = columns[match[1]]
             return "" if value is None else str(value)
 
-        # In one pass, so that braces in a message are not filled in.
         return re.sub(COLUMN, fill, self.options.prompt)
 
     def key(self, message: Row) -> int:
@@ -250,8 +249,7 @@ class Question:
             found = self.find_answer(body)
         except ODD:
             words = f"not from the Responses API: {content[:2000]!r}"
-            # What is billed is no outage, so it is not sent again and again.
-            action = "retry" if bill.get("usage") else "trouble"
+            action = "retry" if bill.get("usage") else "trouble"  # billed: no outage
             found = Reply("bad_response", action, words)
         reply = self.check(found) if isinstance(found, str) else found
         return replace(reply, **bill)
@@ -270,8 +268,7 @@ class Question:
         return {"model": body.get("model"), "usage": usage, "usd": usd}
 
     def find_answer(self, body: Row) -> Reply | str:
-        """The text of the answer in the body of a 200, or the error. Servers leave out
-        much: https://platform.openai.com/docs/api-reference/responses/object"""
+        """The text of the answer in the body of a 200, or the error."""
         if body.get("error"):
             code = body["error"].get("code")
             status = code if code in range(400, 600) else 500
@@ -341,9 +338,9 @@ def connect(options: Options) -> Client:
 # 2. No pause. After a refusal (429), or five failures in a row, all wait for as long as
 #    the server asks, or for a moment that grows with its silence.
 # 3. Room in three token buckets: `requests` and `tokens`, as the server's headers tell
-#    them, and `pace`, for a server that tells nothing. The pace is unlimited until the
-#    first refusal; then it is half of what was sent until then, say 30 a second. Each
-#    reply adds 0.2, each further jam leaves 0.85: so two runs come to share fairly.
+#    them, and `pace`, for a server that tells nothing. It is unlimited until the first
+#    jam, that is a refusal or five timeouts in a row, and then half of what was sent a
+#    second. Each reply adds 0.2 a second, each later jam leaves 0.85 of it.
 START = 8  # most in flight before the first answer
 DOWN = 5  # failures or refusals in a row after which the server seems down
 GROWTH = 0.2  # requests a second that each reply adds to the pace, but at most 2 %
@@ -396,7 +393,7 @@ class Throttle:
         self.in_flight = 0
         self.answers = 0
         self.last_heard = time.monotonic()  # when the server last dealt with a request
-        self.failures = 0  # and refusals, since then
+        self.failures = 0  # in a row, with refusals
 
     def tokens(self, size: int) -> float:
         """What the server may count for a request of so many characters."""
@@ -471,8 +468,9 @@ class Throttle:
         if self.failures == DOWN or (self.failures == 1 and seconds > 5):
             say(f"all wait: {reply.message}")
         # Other runs may be waiting, too: not all should go on at the same moment.
-        seconds *= random.uniform(1.0, 1.2)
-        self.paused_until = max(self.paused_until, now + seconds)
+        self.paused_until = max(
+            self.paused_until, now + seconds * random.uniform(1, 1.2)
+        )
 
     def slower_pace(self, reply: Reply) -> float:
         """The pace after a jam, in requests a second."""
@@ -539,7 +537,7 @@ def to_message(line: int, record: Any, name: str) -> Row:
     """The message in a record. Raises ValueError if there is none."""
     fields = dict(record) if isinstance(record, dict) else {name: record}
     if name not in fields:
-        raise ValueError(f"no column {name!r}: --field is one of {', '.join(fields)}")
+        raise ValueError(f"no column {name!r}, but {', '.join(fields)}: see --field")
     message: Row = {"line": line, "text_message": fields.pop(name)}
     if isinstance(record, dict):
         message["fields"] = fields
@@ -678,7 +676,7 @@ class Journal:
 # --- 5. One run -----------------------------------------------------------------------
 LIVE_BAR = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}, {rate_fmt} {bar}"
 BATCH_BAR = "{n_fmt}/{total_fmt} [{elapsed}]{postfix} {bar}"
-REJECTED = 25  # replies in a row without an answer that end the run
+REJECTED = 25  # without an answer between them, they end the run
 REFUSED = 100  # refusals of one message, after which it seems to be above the limit
 
 
@@ -697,6 +695,7 @@ class Run:
         self.others = len(others - self.texts.keys() - journal.starts.keys())
         self.before = len(self.texts) - len(self.missing())  # answered by earlier runs
         self.stopping = asyncio.Event()  # set when nothing more may start
+        self.batches = 0  # that run at the provider
         self.rejected = 0  # since the last answer
         self.rows = 0  # of this run, as the next
         self.errors = Counter[str]()  # by type
@@ -733,10 +732,11 @@ class Run:
                     self.show(waits)
                     await asyncio.sleep(min(0.02, *waits.values()))  # a reply may come
                 if self.stopping.is_set():
-                    raise asyncio.CancelledError
+                    raise asyncio.CancelledError  # a quiet end of this worker
                 if self.usd >= self.options.max_cost:
                     raise StopRun(f"--max-cost: {self.usd:,.4f} USD are spent")
                 taken = throttle.start(size)
+                self.show({})
             sent_at = time.monotonic()
             try:
                 reply = await self.question.call(self.client, message)
@@ -752,7 +752,8 @@ class Run:
         if is_odd or reply.action == "reject":
             self.rejected += 1
         elif not reply.error:
-            self.rejected = 0
+            self.batches = 0  # that run at the provider
+        self.rejected = 0
         if reply.action == "stop" or self.rejected >= REJECTED:
             where = "OPENAI_API_KEY, plan, address, model, part 1 (TEMPERATURE = None?)"
             raise StopRun(f"check {where}; {reply.message}")
@@ -783,15 +784,14 @@ class Run:
             await self.back_off(tries, reply)
 
     async def back_off(self, retry: int, reply: Reply) -> None:
-        """Sleeps before the n-th retry, exponentially longer, with full jitter:
-        https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/"""
-        seconds = random.uniform(0, min(60.0, BACKOFF * 2 ** min(retry, 10)))
+        """Sleeps before the n-th retry: exponential backoff with full jitter."""
+        seconds = random.uniform(0, min(60.0, BACKOFF * 2**retry))
         with contextlib.suppress(TimeoutError):
             seconds = max(seconds, reply.seconds_asked())
             await asyncio.wait_for(self.stopping.wait(), seconds)
 
     def keep(self, message: Row, reply: Reply) -> None:
-        """Writes, counts and shows a row. Raises StopRun if all would end like it."""
+        """Writes, counts and shows a row. Raises StopRun if --max-cost cannot work."""
         error: Row = {"type": reply.error, "message": clean(reply.message)[:300]}
         error["attempts"] = reply.attempts
         row = message | {
@@ -824,16 +824,14 @@ class Run:
         self.bar.set_postfix_str(state, refresh=False)
         self.bar.update(0)
 
-    # A run ends when all is done, when a worker meets an exception, or at Ctrl-C. Then
-    # `stopping` lets nothing more start; what is in flight lands and is kept (another
-    # Ctrl-C cancels it); the exception goes on up, and `fill_output` orders OUTPUT.
+    # When all is done, at an exception, or at Ctrl-C, `stopping` lets nothing start.
+    # What is in flight lands and is kept, or is cancelled by another Ctrl-C.
     async def answer_each(self, messages: list[Row]) -> None:
         """Asks about all messages, and keeps each final reply. Raises StopRun."""
         self.throttle.last_heard = time.monotonic()  # silence counts from here
         shared = iter(messages)
 
-        # Workers share one iterator: another can take over only at an await. A task for
-        # each message, as `gather` makes, would take eight times the memory.
+        # A task for each message, as `gather` makes, takes eight times the memory.
         async def work() -> None:
             for message in shared:
                 self.keep(message, await self.ask(message))
@@ -845,7 +843,7 @@ class Run:
         finally:
             self.stopping.set()
             if self.throttle.in_flight:
-                say(f"waiting for {self.throttle.in_flight} requests; Ctrl-C: at once")
+                say(f"waiting for {self.throttle.in_flight} requests; again: at once")
             try:
                 await asyncio.wait(workers)
             finally:
@@ -871,11 +869,13 @@ class Run:
             factor = self.others / self.rows
             minutes = factor * self.request_seconds / self.options.concurrency / 60
             took = "a day" if self.options.batch else f"{minutes:,.1f} minutes"
-            cost = f"{factor * self.usd:,.4f} USD" if self.usd else "no USD"
+            cost = f"{factor * self.usd:,.4f} USD" if self.usd else "an unknown sum"
             say(f"others may take {cost} and {took}")
         if self.journal.not_in_input:
-            say(f"{self.journal.not_in_input:,} rows at the end are no longer in INPUT")
-        if self.options.batch and self.missing():
+            say(
+                f"{self.journal.not_in_input:,} rows at the end are of no text in INPUT"
+            )
+        if self.batches:
             say("batches go on: keep --batch, or their texts are paid twice")
         say(f"results: {self.journal.path}")
         if self.options.command and self.answered() < len(self.texts):
@@ -895,7 +895,7 @@ async def fill_output(messages: list[Row], question: Question) -> Run:
     if not messages:
         raise StopRun("there is no message in INPUT, or in this shard of it")
     if options.max_cost < UNLIMITED and (options.batch or not question.prices):
-        raise StopRun(f"--max-cost needs PRICES of {options.model}, and stops no batch")
+        raise StopRun(f"--max-cost stops no batch, and needs PRICES of {options.model}")
     if options.limit < len(messages):
         for line in ("The first prompt:", *question.text(messages[0]).splitlines()):
             say(line)
@@ -931,22 +931,21 @@ class Batches:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.client = run.client.with_options(timeout=600, max_retries=5)
-        self.label = {"settings": run.question.settings}
-        self.label["output"] = run.journal.path.name
+        self.tag = {"settings": run.question.settings, "output": run.journal.path.name}
         self.most_lines = MOST_LINES  # of the next one
         self.created: dict[str, int] = {}  # lines, by the id of a batch of this run
         self.collected: set[str] = set()  # ids
         self.looks = Counter[str]()  # at results with lines missing, by the batch's id
         self.rounds = Counter[tuple[int, int]]()  # of submitting in the same situation
 
-    # A lost reply may have created a batch, and the list may be late. So two looks have
-    # to find nothing before more is sent:  0:00 none runs   1:00 none runs: submit
+    # The list may be late, so two looks have to find nothing before more is sent.
     async def finish(self) -> None:
         """Collects and submits batches until nothing is missing. Raises StopRun."""
         quiet = 0  # looks that found nothing
         while self.run.missing():
             try:
-                quiet = 0 if await self.look() else quiet + 1
+                await self.look()
+                quiet = 0 if self.run.batches else quiet + 1
                 if quiet == 2:
                     quiet = 0
                     await self.submit()
@@ -954,7 +953,7 @@ class Batches:
                 reply = read_error(error, self.client)
                 if reply.action in ("stop", "row", "reject"):
                     raise StopRun(f"no batch: check the key; {reply.message}") from None
-                say(f"the Batch API, for now: {reply.message}")
+                say(f"no answer from the Batch API for now: {reply.message}")
             if quiet == 1 and not self.run.answered():
                 # One live answer first, so that a wrong setting shows in seconds.
                 await self.run.answer_each(self.run.missing()[:1])
@@ -963,11 +962,11 @@ class Batches:
             elif self.run.missing():
                 await asyncio.sleep(POLL)
 
-    async def look(self) -> bool:
-        """Collects the batches that have ended. Returns whether others still run."""
+    async def look(self) -> None:
+        """Collects the batches that have ended, and counts those that still run."""
         found = {}
         async for batch in self.client.batches.list(limit=100):
-            if (batch.metadata or {}).items() >= self.label.items():
+            if (batch.metadata or {}).items() >= self.tag.items():
                 found[batch.id] = batch
         for name in filter(None, self.created.keys() - found.keys()):  # it may be late
             found[name] = await self.client.batches.retrieve(name)
@@ -978,7 +977,7 @@ class Batches:
             else:
                 running[found[name].status] += 1
         self.run.bar.set_postfix_str(f"batches: {', '.join(running) or 'looking'}")
-        return bool(running)
+        self.run.batches = running.total()
 
     async def collect(self, batch: openai.types.Batch) -> bool:
         """Writes the rows of a batch that has ended. Returns whether it is done."""
@@ -1053,11 +1052,12 @@ class Batches:
                 input_file_id=file.id,
                 endpoint="/v1/responses",
                 completion_window="24h",
-                metadata=self.label,
+                metadata=self.tag,
             )
             self.created[batch.id] = len(lines)
+            self.run.batches += 1
             say(f"{batch.id} is on its way")
-            if batch.metadata != self.label:
+            if batch.metadata != self.tag:
                 say(f"do not stop: {batch.id} has no tag and would be paid twice")
 
 
