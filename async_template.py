@@ -468,9 +468,8 @@ class Throttle:
         if self.failures == DOWN or (self.failures == 1 and seconds > 5):
             say(f"all wait: {reply.message}")
         # Other runs may be waiting, too: not all should go on at the same moment.
-        self.paused_until = max(
-            self.paused_until, now + seconds * random.uniform(1, 1.2)
-        )
+        seconds *= random.uniform(1.0, 1.2)
+        self.paused_until = max(self.paused_until, now + seconds)
 
     def slower_pace(self, reply: Reply) -> float:
         """The pace after a jam, in requests a second."""
@@ -480,8 +479,8 @@ class Throttle:
             return self.pace.rate
         found = sent / max(0.001, time.monotonic() - self.cut_ends)
         if self.pace.rate >= UNLIMITED:
-            return found / 2  # the server may have let a burst through
-        return min(found, CUT * self.pace.rate)
+            return max(GROWTH, found / 2)  # the server may have let a burst through
+        return max(GROWTH, min(found, CUT * self.pace.rate))
 
     def check_patience(self, reply: Reply) -> None:
         """Raises StopRun if the server is silent for too long, or wants to be."""
@@ -492,7 +491,7 @@ class Throttle:
             patience = shorter.get(reply.error, PATIENCE)
         silence = max(reply.sent_at - self.last_heard, reply.seconds_asked())
         if silence > patience:
-            raise StopRun(f"silence for {silence:.0f} s; {reply.message}")
+            raise StopRun(clean(f"silence for {silence:.0f} s; {reply.message}"))
 
 
 # --- 4. Files -------------------------------------------------------------------------
@@ -558,7 +557,7 @@ class Journal:
         self.path = path.resolve()
         self.question = question
         self.starts: dict[int, int] = {}  # where the row of a text begins, by its key
-        self.failed: set[int] = set()  # texts with an error in an earlier run
+        self.failed: dict[int, int] = {}  # the same, of errors in earlier runs
         self.not_in_input = 0  # rows at the end of OUTPUT, once it is in order
         self.file = open(self.path, "a+b", buffering=0)
         try:  # to lock it while this process lives
@@ -611,7 +610,7 @@ class Journal:
             raise StopRun(f"{there} or setting: choose another OUTPUT")
         key = self.question.key(row)
         if row["response"] is None:
-            self.failed.add(key)
+            self.failed[key] = start
         elif key not in self.starts or row["usage"]:  # of equal texts the one billed
             self.starts[key] = start
 
@@ -627,13 +626,14 @@ class Journal:
     def in_order(self, messages: Iterable[Row]) -> Iterator[bytes]:
         """The rows in INPUT's order, then those whose text is no longer in INPUT."""
         written: set[int] = set()
+        places = self.failed | self.starts  # errors that were not asked again stay
         # Not by its name: somebody may have moved or deleted it meanwhile.
         with open(os.dup(self.file.fileno()), "rb") as rows:
             for message in messages:
                 key = self.question.key(message)
-                if key not in self.starts:
+                if key not in places:
                     continue  # not asked yet
-                rows.seek(self.starts[key])
+                rows.seek(places[key])
                 row = json.loads(rows.readline())
                 if self.question.key(row) != key:
                     raise ValueError("another program has changed it")
@@ -747,16 +747,16 @@ class Run:
         self.usage.update(reply.usage or {})
         self.usd += reply.usd
         throttle.learn(size, taken, reply)
-        # Without any answer so far, every error may be the fault of a setting.
-        is_odd = reply.action in ("retry", "row") and not self.answered()
+        # Without any answer so far, each new error may be the fault of a setting.
+        is_new = self.question.key(message) not in self.journal.failed
+        is_odd = reply.action in ("retry", "row") and is_new and not throttle.answers
         if is_odd or reply.action == "reject":
             self.rejected += 1
         elif not reply.error:
-            self.batches = 0  # that run at the provider
-        self.rejected = 0
+            self.rejected = 0
         if reply.action == "stop" or self.rejected >= REJECTED:
             where = "OPENAI_API_KEY, plan, address, model, part 1 (TEMPERATURE = None?)"
-            raise StopRun(f"check {where}; {reply.message}")
+            raise StopRun(clean(f"check {where}; {reply.message}"))
         return reply
 
     async def ask(self, message: Row) -> Reply:
@@ -787,7 +787,7 @@ class Run:
         """Sleeps before the n-th retry: exponential backoff with full jitter."""
         seconds = random.uniform(0, min(60.0, BACKOFF * 2**retry))
         with contextlib.suppress(TimeoutError):
-            seconds = max(seconds, reply.seconds_asked())
+            seconds = max(seconds, min(PATIENCE, reply.seconds_asked()))
             await asyncio.wait_for(self.stopping.wait(), seconds)
 
     def keep(self, message: Row, reply: Reply) -> None:
@@ -822,13 +822,13 @@ class Run:
             if seconds > 1:
                 state += f", {seconds:,.0f} s for {name}"
         self.bar.set_postfix_str(state, refresh=False)
-        self.bar.update(0)
+        with contextlib.suppress(OSError):  # nobody reads it, see `say`
+            self.bar.update(0)
 
     # When all is done, at an exception, or at Ctrl-C, `stopping` lets nothing start.
     # What is in flight lands and is kept, or is cancelled by another Ctrl-C.
     async def answer_each(self, messages: list[Row]) -> None:
         """Asks about all messages, and keeps each final reply. Raises StopRun."""
-        self.throttle.last_heard = time.monotonic()  # silence counts from here
         shared = iter(messages)
 
         # A task for each message, as `gather` makes, takes eight times the memory.
@@ -872,9 +872,7 @@ class Run:
             cost = f"{factor * self.usd:,.4f} USD" if self.usd else "an unknown sum"
             say(f"others may take {cost} and {took}")
         if self.journal.not_in_input:
-            say(
-                f"{self.journal.not_in_input:,} rows at the end are of no text in INPUT"
-            )
+            say(f"{self.journal.not_in_input:,} rows at the end are no longer in INPUT")
         if self.batches:
             say("batches go on: keep --batch, or their texts are paid twice")
         say(f"results: {self.journal.path}")
@@ -952,11 +950,11 @@ class Batches:
             except (openai.APIError, aiohttp.ClientError, *ODD) as error:
                 reply = read_error(error, self.client)
                 if reply.action in ("stop", "row", "reject"):
-                    raise StopRun(f"no batch: check the key; {reply.message}") from None
+                    words = clean(f"no batch, check the key: {reply.message}")
+                    raise StopRun(words) from None
                 say(f"no answer from the Batch API for now: {reply.message}")
             if quiet == 1 and not self.run.answered():
-                # One live answer first, so that a wrong setting shows in seconds.
-                await self.run.answer_each(self.run.missing()[:1])
+                await self.run.answer_each(self.run.missing()[:1])  # live, as a check
                 if not self.run.answered():
                     raise StopRun("no batch is sent: the first message failed")
             elif self.run.missing():
@@ -976,6 +974,7 @@ class Batches:
                 self.collected.add(name)
             else:
                 running[found[name].status] += 1
+                self.created.setdefault(name, self.most_lines)
         self.run.bar.set_postfix_str(f"batches: {', '.join(running) or 'looking'}")
         self.run.batches = running.total()
 
@@ -1016,7 +1015,7 @@ class Batches:
         response = line.get("response") or {}
         body = json.dumps(response.get("body"), ensure_ascii=False)
         if response.get("status_code") == 200:
-            reply = self.run.question.read(body.encode())
+            reply = self.run.question.read(body.encode(errors="replace"))
             reply.usd /= 2
         else:  # without a status it has expired, or was lost
             reply = read_failure(response.get("status_code") or 503, body)

@@ -492,11 +492,24 @@ def test_24_without_an_answer(server: Server, run: Runner) -> None:
 
 @pytest.mark.parametrize("directive", ALONE)
 def test_30_bad_messages(server: Server, run: Runner, directive: str) -> None:
-    """They are rows, however many there are, if OUTPUT has an answer."""
-    run([GOOD])
+    """They are rows, however many there are, once this run has an answer."""
     server.default = directive
     result = run([GOOD, *many(30)], *ONCE)
-    assert (result.code, len(result.rows), server.count(GOOD)) == (1, 31, 1)
+    assert (result.code, len(result.rows)) == (1, 31)
+
+
+def test_pilot_does_not_count(server: Server, run: Runner) -> None:
+    """A server that gets worse after a pilot costs no more than a bad one."""
+    run([GOOD])
+    server.default = "prose"
+    assert run([GOOD, *many()]).code == 2 and server.total <= 1 + 25 + 16
+
+
+def test_old_errors_stop_nothing(server: Server, run: Runner) -> None:
+    """30 messages that are refused again do not look like a wrong setting."""
+    server.default = "refusal"
+    assert run([GOOD, *many(30)]).code == 1
+    assert (run([GOOD, *many(30)]).code, server.total) == (1, 61)
 
 
 @pytest.mark.parametrize("directive", ["400", "403"])
