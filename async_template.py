@@ -21,6 +21,7 @@ import asyncio
 import contextlib
 import csv
 import fileinput
+import gc
 import hashlib
 import json
 import os
@@ -950,8 +951,7 @@ class Batches:
             except (openai.APIError, aiohttp.ClientError, *ODD) as error:
                 reply = read_error(error, self.client)
                 if reply.action in ("stop", "row", "reject"):
-                    words = clean(f"no batch, check the key: {reply.message}")
-                    raise StopRun(words) from None
+                    raise StopRun(clean(f"no batch (key?): {reply.message}")) from None
                 say(f"no answer from the Batch API for now: {reply.message}")
             if quiet == 1 and not self.run.answered():
                 await self.run.answer_each(self.run.missing()[:1])  # live, as a check
@@ -1135,6 +1135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         question = Question(options)
         messages = list(read_messages(Path(options.input), question.field))
+        gc.freeze()  # no collection of garbage has to look at the messages again
         run = asyncio.run(until_signal(messages, question))
         return int(run.answered() < len(run.texts))
     except (StopRun, OSError) as error:

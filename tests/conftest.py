@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import ipaddress
 import json
 import os
@@ -83,6 +84,7 @@ def calm(monkeypatch: pytest.MonkeyPatch, authority: str) -> Iterator[None]:
     ]
     before = [signal.getsignal(number) for number in numbers]
     yield
+    gc.unfreeze()  # `main` freezes what is there
     assert [signal.getsignal(number) for number in numbers] == before
 
 
