@@ -611,3 +611,20 @@ def test_files_are_closed(
         warnings.simplefilter("error", ResourceWarning)
         run(many(4), *ONCE)
         gc.collect()
+
+
+def test_messages_behind_rejected_ones(server: Server, run: Runner) -> None:
+    """Errors are remembered until they are asked again, so a block of them is passed."""
+    messages = [GOOD, *(f"Bad {n}. [403]" for n in range(40)), "Fine as well."]
+    codes = [run(messages, *ONE).code for _ in range(3)]
+    rows = run(messages, *ONE).rows
+    assert codes[0] == 2 and sum(bool(row["response"]) for row in rows) == 2
+    assert len(rows) == len(messages)
+
+
+def test_retry_after_of_one_message(
+    server: Server, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for a day; at most for as long as the run has patience."""
+    monkeypatch.setattr(async_template, "PATIENCE", 0.5)
+    assert run([GOOD, "Late. [500:retry-after=86400,ok]"]).code == 0
