@@ -614,7 +614,7 @@ def test_files_are_closed(
 
 
 def test_messages_behind_rejected_ones(server: Server, run: Runner) -> None:
-    """Errors are remembered until they are asked again, so a block of them is passed."""
+    """Errors are remembered until they are asked again: a block of them is passed."""
     messages = [GOOD, *(f"Bad {n}. [403]" for n in range(40)), "Fine as well."]
     codes = [run(messages, *ONE).code for _ in range(3)]
     rows = run(messages, *ONE).rows
