@@ -870,8 +870,8 @@ class Run:
             factor = self.others / self.rows
             minutes = factor * self.request_seconds / self.options.concurrency / 60
             took = "a day" if self.options.batch else f"{minutes:,.1f} minutes"
-            cost = f"{factor * self.usd:,.4f} USD" if self.usd else "an unknown sum"
-            say(f"others may take {cost} and {took}")
+            usd = f"{factor * self.usd:,.4f} USD" if self.question.prices else "? USD"
+            say(f"others may take {usd} and {took}")
         if self.journal.not_in_input:
             say(f"{self.journal.not_in_input:,} rows at the end are no longer in INPUT")
         if self.batches:

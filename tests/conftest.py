@@ -35,7 +35,7 @@ KEY = "sk-test-0123456789"
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors, unclosed sockets and files included; no test may hang."""
     config.addinivalue_line("filterwarnings", "error")
-    # Files alone have tests of their own, in test_calls.py: with the line below a file
+    # Files alone have tests of their own, in test_replies: with the line below a file
     # left open fails those, and not any test that happens to run.
     ignore = "ignore:unclosed file:ResourceWarning"
     config.addinivalue_line("filterwarnings", ignore)
